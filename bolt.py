@@ -1,0 +1,542 @@
+"""EM over latent thoughts: the whole of "Reasoning to Learn from Latent Thoughts" (arXiv:2503.18866), in one loop.
+
+    model = train(gold)                                  warm start: a few documents come with their thoughts
+    repeat:
+        latents = e_step(model, raw)                     K thoughts a chunk from q(z | x, C), one kept by p(z, x | C) / q
+        model   = train(latents, from=warm start)        fit p(z, x) and q(z | x) on text with the thoughts inserted
+
+    python bolt.py                                       the embedded corpus, every baseline, a table: about 4 minutes
+    python bolt.py --seed 1 --out runs/seed1             another table of reactions and other documents
+    python bolt.py --arms em --rounds 3                  only what you name
+    python bolt.py --data data/gsm8k --encoding gpt2     a prepared corpus: FOLDER/{gold,raw,held_out}.jsonl
+
+Everything lands in --out; killed and started again with the same command, it continues. On a machine with two cores the
+baselines run beside the loop, in a second process.
+
+    config -> lab (the corpora) -> fit and evaluate -> the arms -> report -> main
+"""
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data.alchemy.world import SUBSTANCES, World
+from data.layout import Document, Layout, encode_document, read_corpus, texts_of
+from data.loader import score_sequences, training_batches
+from data.run import Ranks, open_run, option, parse_config, read_config, script, start_ranks, write_jsonl, write_whole
+from data.tokens import Tokenizer, tokenizer_for
+from model import GPT, GPTConfig, load_checkpoint
+from sample_latents import (Evidence, SampleConfig, e_step, generate, importance_bound, infer, places_to_infer,
+                            vocabulary_mask)
+from train import TrainConfig, TrainState, train
+
+# ---- config ----------------------------------------------------------------------------------------------------
+
+ARMS = {"em": "EM, K thoughts a chunk", "k1": "EM, K = 1: no weighing", "k4": "EM, K = 4",
+        "gold_plus_raw": "gold + raw as no-thought, no E-step", "raw_observed": "raw text, same observed tokens",
+        "raw_m_step": "raw text, FLOPs of one M-step", "oracle": "oracle: true thoughts for all",
+        "raw_total": "raw text, FLOPs of the whole loop", "warm_long": "warm start, FLOPs of the whole loop"}
+BESIDE = ["k1", "gold_plus_raw", "raw_observed", "raw_m_step", "oracle"]     # what a second process does meanwhile
+
+
+@dataclass(frozen=True)
+class BoltConfig:
+    data: str = option("", "folder of a prepared corpus; empty: the embedded one, made in --out/corpus with --seed")
+    encoding: str = option("words", "tokens of the text: words, or an encoding of tiktoken such as gpt2")
+    out: str = option("runs/bolt", "run folder: report.md, config.json, one folder per model")
+    seed: int = option(0, "of the embedded corpus, the weights and the draws")
+    rounds: int = option(5, "EM rounds")
+    warm_steps: int = option(800, "optimizer steps of the warm start, on gold documents alone")
+    arms: str = option("all", f"what to run, a list with commas: all, study (all and k4), or of {', '.join(ARMS)}")
+    processes: int = option(0, "2: baselines run beside the loop in a second process; 0: 2 on a CPU with two cores")
+    device: str = option("auto", "auto, cpu, cuda or mps")
+    bound_draws: int = option(16, "thoughts a chunk for the K-sample bound on held-out documents, for every model")
+    checks: int = option(6, "times a baseline with the FLOPs of the whole loop is evaluated; its best counts")
+    train: TrainConfig = option(TrainConfig(steps=300, learning_rate=3e-3, row_tokens=128), "an M-step; see train.py")
+    sample: SampleConfig = option(SampleConfig(), "an E-step; see sample_latents.py")
+
+    @property
+    def arm_names(self) -> list[str]:
+        names = {"all": [a for a in ARMS if a != "k4"], "study": list(ARMS)}.get(self.arms, self.arms.split(","))
+        for name in names:
+            if name not in ARMS:
+                raise ValueError(f"--arms {name} is not allowed; give all, study, or some of {', '.join(ARMS)}")
+        return names
+
+
+# ---- the lab: corpora, tokenizer, machine ----------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Lab:
+    """What every arm works with. gold has thoughts, raw has none; held_out and probes are for evaluation only; oracle is
+    raw with its true thoughts; world is the table behind the embedded corpus (None for others)."""
+    config: BoltConfig
+    ranks: Ranks
+    tokenizer: Tokenizer
+    corpora: dict[str, list[Document]]
+    world: World | None
+
+    @cached_property
+    def layout(self) -> Layout:
+        return Layout(self.tokenizer)
+
+
+def open_lab(config: BoltConfig, ranks: Ranks) -> Lab:
+    """Read the corpora; the embedded one is made first where it is missing."""
+    folder = Path(config.data or f"{config.out}/corpus")
+    if not config.data and ranks.main and not (folder / "world.json").exists():
+        prepare = Path(__file__).parent / "data" / "alchemy" / "prepare.py"
+        subprocess.run([sys.executable, prepare, "--out", folder, "--seed", str(config.seed)], check=True)
+    ranks.barrier()
+    paths = {name: folder / f"{name}.jsonl" for name in ("gold", "raw", "held_out", "probes", "oracle")}
+    records = {name: read_corpus(path) for name, path in paths.items() if name in paths and
+               (path.exists() or name in ("gold", "raw", "held_out"))}
+    tokenizer = tokenizer_for(texts_of(record for part in records.values() for record in part), config.encoding)
+    corpora = {name: encode_corpus(part, tokenizer) for name, part in records.items()}
+    world_file = folder / "world.json"
+    return Lab(config, ranks, tokenizer, corpora, World.from_json(world_file.read_text()) if world_file.exists() else None)
+
+
+def encode_corpus(records: list[dict], tokenizer: Tokenizer) -> list[Document]:
+    return [encode_document(i, record, tokenizer) for i, record in enumerate(records)]
+
+
+# ---- evaluate --------------------------------------------------------------------------------------------------
+
+def evaluate(lab: Lab, model: GPT, thinks: bool, weigh: bool = True) -> dict:
+    """Everything measured of a model on held-out documents; lists have an entry per document.
+
+    correct: greedy answer right (a model that thinks writes its thought first); correct_direct: without a thought.
+    nll: nats of the observed text, positive: minus the K-sample bound of a model that thinks, else exact; None where
+    every draw was unfinished. known: share of hidden facts that a majority of their probes shows. With weigh=False
+    the draws are left out.
+    """
+    held_out, scores = lab.corpora["held_out"], {}
+    scores["correct_direct"] = answers_right(lab, model, held_out, "no_thought" if thinks else "raw")
+    scores["nll_direct"] = direct_nll_per_document(lab, model, no_thought=thinks)
+    scores["correct"] = answers_right(lab, model, held_out, "thought") if thinks else scores["correct_direct"]
+    scores["nll"] = scores["nll_direct"]
+    if "probes" in lab.corpora:
+        right: dict[tuple, list[bool]] = {}
+        probes = lab.corpora["probes"]
+        for probe, correct in zip(probes, answers_right(lab, model, probes, "thought" if thinks else "raw")):
+            right.setdefault(tuple(probe.record["fact"]), []).append(correct)
+        scores["known"] = sum(sum(one) > len(one) / 2 for one in right.values()) / len(right)
+    if thinks and weigh:
+        places = [place for document in held_out for place in places_to_infer(document)]
+        sample = replace(lab.config.sample, num_latents=lab.config.bound_draws, temperature=1.0, seed=lab.config.seed)
+        evidence = infer(model, lab.layout, places, sample, round=0)
+        scores |= bounds(places, evidence)
+        if lab.world:
+            scores |= thought_quality(lab, places, evidence)
+    return scores
+
+
+def answers_right(lab: Lab, model: GPT, documents: list[Document], mode: str) -> list[bool]:
+    """Whether the greedy answer in the last chunk is the document's. mode: thought, no_thought or raw."""
+    layout, places = lab.layout, [(document, len(document.chunks) - 1) for document in documents]
+    markers = layout.tokenizer.marker.values()
+
+    def complete(prompts, ends, length):
+        banned = [i for i in markers if i not in ends]
+        return generate(model, prompts, torch.zeros(len(prompts), 1, length), stop=vocabulary_mask(model, *ends),
+                        banned=vocabulary_mask(model, *banned), slots=lab.config.sample.slots, greedy=True).ids
+
+    if mode == "thought":
+        prompts = [layout.prior_prompt(*place) for place in places]
+        thoughts = complete(prompts, [layout.eol], lab.config.sample.max_latent_tokens)
+        prompts = [prompt + thought + [layout.eol] for prompt, thought in zip(prompts, thoughts)]
+    else:
+        prompts = [layout.direct_prompt(*place, no_thought=mode == "no_thought") for place in places]
+    longest = max(len(document.chunks[c].suffix) for document, c in places)
+    answers = complete(prompts, [layout.eos, layout.sol], longest + 2)
+    return [final_answer(layout.tokenizer.decode(ids)) == document.record.get("answer")
+            for ids, document in zip(answers, documents)]
+
+
+def final_answer(text: str) -> str:
+    """What an answer comes to: what follows "####" where the text has it, without full stop."""
+    return text.split("####")[-1].strip(" .\n")
+
+
+def direct_nll_per_document(lab: Lab, model: GPT, no_thought: bool) -> list[float]:
+    """-log p(x | C) without a thought, nats per document."""
+    held_out = lab.corpora["held_out"]
+    places = [place for document in held_out for place in places_to_infer(document)]
+    log_p = score_sequences(model, [lab.layout.direct(*place, no_thought) for place in places],
+                            lab.config.sample.score_tokens)
+    return per_document(places, (-log_p).tolist())
+
+
+def per_document(places, values: list[float]) -> list[float | None]:
+    """Sums of a value of chunks over their documents; None where it is infinite."""
+    sums: dict[int, float] = {}
+    for (document, _), value in zip(places, values, strict=True):
+        sums[document.index] = sums.get(document.index, 0.0) + value
+    return [value if math.isfinite(value) else None for value in sums.values()]
+
+
+def bounds(places, evidence: Evidence) -> dict:
+    """K-sample bounds from the same draws, taken in groups of K; means over what is finite, nats per chunk."""
+    log_w = evidence.log_weights                                                              # (N, K)
+    scores = {"nll": per_document(places, (-importance_bound(log_w)).tolist()),
+              "elbo_finished": log_w[evidence.finished].mean().item(),
+              "unfinished": 1 - evidence.finished.float().mean().item()}
+    for draws in (4, log_w.shape[1]):
+        if log_w.shape[1] % draws == 0:
+            bound = importance_bound(log_w.view(-1, draws))
+            scores[f"bound_{draws}"] = bound[bound > -math.inf].mean().item()
+    return scores
+
+
+def thought_quality(lab: Lab, places, evidence: Evidence) -> dict:
+    """Against the exact posterior of the world: the share of valid thoughts among the draws and after resampling, and the
+    mean total variation distance of the draws, then of the weighed draws, to the posterior."""
+    uniform = torch.full_like(evidence.log_weights, 1 / evidence.log_weights.shape[1])
+    weights = evidence.log_weights.where(evidence.finished.any(-1, keepdim=True), 0.0).softmax(-1)
+    totals = dict.fromkeys(("valid_before", "valid_after", "distance_before", "distance_after"), 0.0)
+    for (document, c), latents, before, after in zip(places, evidence.latents, uniform.tolist(), weights.tolist()):
+        ingredients = World.read_prefix(document.record["chunks"][0]["suffix"])
+        outcome = SUBSTANCES.index(final_answer(document.record["chunks"][c]["suffix"]))
+        paths = [World.read_thought(lab.tokenizer.decode(latent), ingredients) for latent in latents]
+        for name, mass in (("before", before), ("after", after)):
+            share: dict[tuple, float] = {}
+            for path, weight in zip(paths, mass):
+                if path is not None and path[-1] == outcome:
+                    share[tuple(path)] = share.get(tuple(path), 0.0) + weight
+            totals[f"valid_{name}"] += sum(w for p, w in share.items() if lab.world.valid(ingredients, list(p), outcome))
+            totals[f"distance_{name}"] += 1 - sum(min(w, math.exp(lab.world.log_posterior(ingredients, list(p))))
+                                                  for p, w in share.items())
+    return {name: total / len(places) for name, total in totals.items()}
+
+
+# ---- the arms --------------------------------------------------------------------------------------------------
+
+def fit(lab: Lab, documents: list[Document], config: TrainConfig, name: str, base: GPT | None = None,
+        at_checkpoint=lambda model, state: None) -> tuple[GPT, TrainState]:
+    """Train a fresh model, or one that starts from the weights of `base`, in --out/name."""
+    folder = f"{lab.config.out}/{name}"
+    os.makedirs(folder, exist_ok=True)
+    model = GPT(replace(config.model, vocab_size=lab.tokenizer.vocab_size), config.seed).to(lab.ranks.device)
+    if base is not None:
+        model.load_state_dict(base.state_dict())
+    state = train(model, lab.tokenizer, documents, config, folder, lab.ranks, title=name,
+                  at_checkpoint=lambda state: at_checkpoint(model, state))
+    return model, state
+
+
+def measured(lab: Lab, name: str, passes: float, score) -> None:
+    """Keep the evaluation of a model in --out/name.json; `score()` makes it where it is not there yet.
+
+    passes: what making the model took, in forward passes of a token; training a token counts as three (a backward pass
+    is two), prefilling, drawing and scoring one as one. FLOPs are 2 x parameters x passes.
+    """
+    path = Path(lab.config.out) / f"{name}.json"
+    if lab.ranks.main and not path.exists():
+        record = {"passes": passes} | score()
+        write_whole(path, json.dumps(record))
+        known = f", hidden facts known {record['known']:.2f}" if "known" in record else ""
+        lab.ranks.say(f"  {name:22s} accuracy {mean(record['correct']):.3f}, {nats_per_token(lab, record['nll']):.3f} nats "
+                      f"per observed token{known}")
+    lab.ranks.barrier()
+
+
+def warm_start(lab: Lab) -> tuple[GPT, TrainState]:
+    config = replace(lab.config.train, steps=lab.config.warm_steps, seed=lab.config.seed)
+    model, state = fit(lab, lab.corpora["gold"], config, "warm")
+    measured(lab, "warm/step_last", 3 * state.tokens, lambda: evaluate(lab, model, thinks=True))
+    return model, state
+
+
+def em(lab: Lab, arm: str, num_latents: int) -> None:
+    """The loop of the paper. Every M-step starts again from the warm start, so only the thoughts carry over."""
+    base, state = warm_start(lab)
+    passes, model = 3 * state.tokens, base
+    sample = replace(lab.config.sample, num_latents=num_latents, seed=lab.config.seed)
+    for t in range(1, lab.config.rounds + 1):
+        name = f"{arm}/round_{t}"
+        out = f"{lab.config.out}/{name}/latents.jsonl"
+        summary = e_step(model, lab.tokenizer, lab.corpora["raw"], sample, t, out, lab.ranks)         # z ~ q, kept by p / q
+        latents = encode_corpus(read_corpus(out), lab.tokenizer)
+        model, state = fit(lab, latents, m_step(lab, t), name, base)                                  # fit p(z, x), q(z | x)
+        passes += summary["prefilled_tokens"] + summary["sampled_tokens"] + summary["scored_tokens"] + 3 * state.tokens
+        measured(lab, f"{name}/step_last", passes, lambda: {"e_step": summary} | evaluate(lab, model, thinks=True))
+
+
+def m_step(lab: Lab, round: int) -> TrainConfig:
+    return replace(lab.config.train, seed=lab.config.seed + 1000 * round)
+
+
+def baseline(lab: Lab, arm: str) -> None:
+    """Train one of the models without an E-step for its budget, evaluated `checks` times on the way where it is long."""
+    gold, raw, loop = lab.corpora["gold"], lab.corpora["raw"], lab.config.warm_steps + lab.config.train.steps
+    documents, thinks = {"gold_plus_raw": (gold + raw, True), "warm_long": (gold, True)}.get(arm, (raw, False))
+    config = replace(m_step(lab, 0), plain_as="no_thought" if arm == "gold_plus_raw" else "plain")
+    tokens, observed = per_step(lab, documents, config)
+    loop_tokens, loop_observed = per_step(lab, gold, config)
+    steps = {"raw_observed": lambda: loop * loop_observed / observed, "raw_m_step": lambda: loop * loop_tokens / tokens,
+             "gold_plus_raw": lambda: lab.config.warm_steps + lab.config.rounds * lab.config.train.steps,
+             "raw_total": lambda: loop_passes(lab) / 3 / tokens, "warm_long": lambda: loop_passes(lab) / 3 / tokens}
+    steps = round(steps[arm]())
+    checks = 1 if arm in ("raw_observed", "raw_m_step") else lab.config.checks
+
+    def check(model, state):
+        last = state.step == steps
+        measured(lab, f"{arm}/step_{'last' if last else state.step}", 3 * state.tokens,
+                 lambda: evaluate(lab, model, thinks, weigh=last))
+
+    fit(lab, documents, replace(config, steps=steps, checkpoint_every=math.ceil(steps / checks)), arm, at_checkpoint=check)
+
+
+def oracle(lab: Lab, arm: str) -> None:
+    """An M-step on the true thoughts: the ceiling of what any E-step could reach."""
+    base, _ = warm_start(lab)
+    model, state = fit(lab, lab.corpora["oracle"], m_step(lab, 0), arm, base)
+    measured(lab, f"{arm}/step_last", 3 * state.tokens, lambda: evaluate(lab, model, thinks=True))
+
+
+def per_step(lab: Lab, documents: list[Document], config: TrainConfig) -> tuple[float, float]:
+    """Tokens and observed tokens of a training step, the mean of the first twenty."""
+    batches = training_batches(documents, lab.layout, plain_as=config.plain_as, row_tokens=config.row_tokens,
+                               rows=config.batch_tokens // config.row_tokens, seed=config.seed)
+    pairs = [(batch.num_tokens, batch.num_observed) for batch in itertools.islice(batches, 20)]
+    return mean(a for a, b in pairs), mean(b for a, b in pairs)
+
+
+def loop_passes(lab: Lab) -> float:
+    """What the whole loop took, warm start and E-steps included."""
+    path = Path(f"{lab.config.out}/em/round_{lab.config.rounds}/step_last.json")
+    if not path.exists():
+        raise ValueError(f"a baseline with the FLOPs of the whole loop needs {path}; run --arms em first")
+    return json.loads(path.read_text())["passes"]
+
+
+RUN_ARM = {"em": lambda lab, arm: em(lab, arm, lab.config.sample.num_latents), "k1": lambda lab, arm: em(lab, arm, 1),
+           "k4": lambda lab, arm: em(lab, arm, 4), "oracle": oracle}
+
+
+def run_arms(lab: Lab, names: list[str]) -> None:
+    for name in names:
+        if name != "oracle" or name in lab.corpora:
+            lab.ranks.say(f"{ARMS[name]} [{name}]")
+            RUN_ARM.get(name, baseline)(lab, name)
+
+
+# ---- report ----------------------------------------------------------------------------------------------------
+
+def mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values) if values else math.nan
+
+
+def gain(ours: list, theirs: list) -> tuple[float, float]:
+    """Mean and standard error of ours - theirs, document by document, where both are there."""
+    pairs = torch.tensor([a - b for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None],
+                         dtype=torch.float64)
+    return pairs.mean().item(), (pairs.std() / len(pairs) ** 0.5).item()
+
+
+def observed_lengths(lab: Lab) -> list[int]:
+    return [sum(len(chunk.suffix) for chunk in document.chunks if not chunk.given) for document in lab.corpora["held_out"]]
+
+
+def nats_per_token(lab: Lab, nll: list) -> float:
+    """Nats per observed token, over the documents whose nll is finite."""
+    pairs = [(value, length) for value, length in zip(nll, observed_lengths(lab)) if value is not None]
+    return sum(value for value, _ in pairs) / max(1, sum(length for _, length in pairs))
+
+
+def read_records(config: BoltConfig) -> dict[str, dict]:
+    """The evaluations in the run folder, {"em/round_1": ...}; of several on the way of a baseline, its best in each figure."""
+    records: dict[str, dict] = {}
+    for path in sorted(Path(config.out).glob("**/step_*.json")):
+        record = json.loads(path.read_text())
+        best = records.setdefault(str(path.parent.relative_to(config.out)), record)
+        best["passes"] = max(best["passes"], record["passes"])
+        best["known"] = max(best.get("known", 0.0), record.get("known", 0.0))
+        for name in ("correct", "correct_direct"):
+            best[name] = max(best[name], record[name], key=sum)
+        for name in ("nll", "nll_direct"):
+            best[name] = min(best[name], record[name], key=lambda nll: mean(x for x in nll if x is not None))
+    return records
+
+
+@dataclass(frozen=True)
+class Verdict:
+    claim: str
+    shown: bool
+    why: str
+
+
+def better(ours: list, theirs: list, errors: float = 3.0) -> tuple[bool, str]:
+    """Whether ours exceeds theirs by more than so many standard errors of the paired difference, and the figures."""
+    difference, error = gain(ours, theirs)
+    return difference > errors * error, f"{difference:+.3f} ± {error:.3f}"
+
+
+def negative(nll: list) -> list:
+    return [None if value is None else -value for value in nll]
+
+
+def verdicts(lab: Lab, records: dict[str, dict]) -> list[Verdict]:
+    """What the run shows, decided by rules fixed before any run; a claim whose arms did not run is left out.
+
+    A figure beats another where the mean of the paired differences over held-out documents exceeds three of its standard
+    errors. A round may not be worse than the one before by more than one standard error.
+    """
+    rounds = [records["warm"]] + [records[f"em/round_{t}"] for t in range(1, lab.config.rounds + 1)
+                                  if f"em/round_{t}" in records]
+    if len(rounds) == 1:
+        return []
+    last, found = rounds[-1], []
+    raws = [records[arm] for arm in ("raw_observed", "raw_m_step", "raw_total") if arm in records]
+    if raws:
+        accuracy = [better(last["correct"], raw["correct"]) for raw in raws]
+        nats = [better(negative(last["nll"]), negative(raw["nll"])) for raw in raws]
+        found.append(Verdict("C1 latents beat raw text at every budget", all(ok for ok, _ in accuracy + nats),
+                             f"accuracy {', '.join(text for _, text in accuracy)}; "
+                             f"nats per document {', '.join(text for _, text in nats)}"))
+    controls = [records[arm] for arm in ("warm", "warm_long", "gold_plus_raw") if arm in records]
+    if lab.world:
+        hidden = [better(only_hidden(lab, last), only_hidden(lab, control)) for control in controls]
+        found.append(Verdict("C2 EM learns what no gold thought states", all(ok for ok, _ in hidden),
+                             f"accuracy where a hidden fact is needed {', '.join(text for _, text in hidden)}; hidden facts "
+                             f"known {last['known']:.2f} against {max(control['known'] for control in controls):.2f}"))
+    steps = [(better(b["correct"], a["correct"], -1), better(negative(b["nll"]), negative(a["nll"]), -1))
+             for a, b in zip(rounds, rounds[1:])]
+    ends = better(last["correct"], rounds[0]["correct"]), better(negative(last["nll"]), negative(rounds[0]["nll"]))
+    found.append(Verdict("C3 rounds improve, in accuracy and in the bound",
+                         all(ok for pair in [*steps, ends] for ok, _ in pair),
+                         f"last against first: accuracy {ends[0][1]}, nats per document {ends[1][1]}; "
+                         f"each round: {', '.join(a for (_, a), _ in steps)}"))
+    for arm in ("k4", "k1"):
+        if f"{arm}/round_{lab.config.rounds}" in records:
+            ok, text = better(last["correct"], records[f"{arm}/round_{lab.config.rounds}"]["correct"])
+            found.append(Verdict(f"C4 K = {lab.config.sample.num_latents} beats K = {arm[1:]}", ok, f"accuracy {text}"))
+    if lab.world:
+        shares = [(record["valid_before"], record["valid_after"]) for record in rounds]
+        found.append(Verdict("C5 resampling improves the thoughts, for every model", all(a < b for a, b in shares),
+                             "share of valid thoughts " + ", ".join(f"{a:.2f} -> {b:.2f}" for a, b in shares)))
+    return found
+
+
+def only_hidden(lab: Lab, record: dict) -> list[bool]:
+    return [ok for ok, document in zip(record["correct"], lab.corpora["held_out"]) if document.record["hidden"]]
+
+
+def floors(lab: Lab) -> str:
+    """What can be had without learning, and what cannot be beaten."""
+    answers: dict[str, list[str]] = {}
+    for document in lab.corpora["gold"] + lab.corpora["raw"]:
+        answers.setdefault(document.record["text"].rsplit(";")[0].split()[-1], []).append(document.record["answer"])
+    guesses = {word: max(sorted(set(given)), key=given.count) for word, given in answers.items()}
+    held_out = [document.record for document in lab.corpora["held_out"]]
+    right = [guesses[record["text"].rsplit(";")[0].split()[-1]] == record["answer"] for record in held_out]
+    log_p = [lab.world.log_evidence(World.read_prefix(record["chunks"][0]["suffix"]),
+                                    SUBSTANCES.index(final_answer(record["chunks"][1]["suffix"]))) for record in held_out]
+    return (f"Guessing from the last ingredient gives accuracy {mean(right):.3f}, where a hidden fact is needed "
+            f"{mean(ok for ok, record in zip(right, held_out) if record['hidden']):.3f}. An ideal reader who knows the table "
+            f"needs {-sum(log_p) / sum(observed_lengths(lab)):.3f} nats per observed token.")
+
+
+def table(lab: Lab, records: dict[str, dict]) -> list[str]:
+    """The Markdown table of all models; compute relative to the whole loop."""
+    loop = max((r["passes"] for name, r in records.items() if name.startswith("em/")), default=records["warm"]["passes"])
+    rows = ["| model | accuracy | needs a hidden fact | hidden facts known | accuracy without a thought | nats per token | "
+            "compute |", "|---|---|---|---|---|---|---|"]
+    for name, label in model_names(lab, records):
+        record = records[name]
+        hidden = f"{mean(only_hidden(lab, record)):.3f} | {record['known']:.2f}" if lab.world else " | "
+        rows.append(f"| {label} | {mean(record['correct']):.3f} | {hidden} | {mean(record['correct_direct']):.3f} | "
+                    f"{nats_per_token(lab, record['nll']):.3f} | {record['passes'] / loop:.2f} |")
+    return rows
+
+
+def model_names(lab: Lab, records: dict) -> list[tuple[str, str]]:
+    """(key, label) of every record, in the order of the table."""
+    names = [("warm", "warm start")]
+    for arm, label in ARMS.items():
+        if arm in ("em", "k1", "k4"):
+            shown = range(1, lab.config.rounds + 1) if arm == "em" else [lab.config.rounds]
+            names += [(f"{arm}/round_{t}", f"{label}, round {t}") for t in shown]
+        else:
+            names.append((arm, label))
+    return [(name, label) for name, label in names if name in records]
+
+
+def report(lab: Lab) -> str:
+    """The text of report.md: the table, what it shows, and how it was made."""
+    config, records = lab.config, read_records(lab.config)
+    run = json.loads(Path(f"{config.out}/config.json").read_text())
+    lines = ["# nanoBoLT: EM over latent thoughts", "", *table(lab, records), ""]
+    if lab.world:
+        lines += [floors(lab), ""]
+    for verdict in verdicts(lab, records):
+        lines.append(f"* **{'shown' if verdict.shown else 'NOT SHOWN'}** {verdict.claim}: {verdict.why}")
+    lines += ["", f"Accuracy: greedy answers on {len(lab.corpora['held_out'])} held-out documents. Nats per token: exact for raw "
+              f"text, minus the {config.bound_draws}-sample bound for models that think. Compute: forward and backward passes, "
+              "E-steps counted, relative to the whole loop. Of a baseline that is evaluated several times its best figure "
+              "stands. ± is one standard error over documents.",
+              "", f"`{run['command']}` at commit {run['commit']}, seed {config.seed}, torch {torch.__version__}, "
+              f"{lab.ranks.device}, {time.strftime('%Y-%m-%d')}"]
+    return "\n".join(lines) + "\n"
+
+
+# ---- main ------------------------------------------------------------------------------------------------------
+
+def start_beside(config: BoltConfig, names: list[str]) -> subprocess.Popen | None:
+    """A second process that runs some arms in the same run folder; its progress bars go to beside.log."""
+    if not names:
+        return None
+    code = "import bolt, data.run; data.run.script(bolt.run_beside)"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    return subprocess.Popen([sys.executable, "-c", code, f"{config.out}/config.json", config.device, *names],
+                            env=environment, stderr=open(f"{config.out}/beside.log", "w"))
+
+
+def run_beside(argv) -> None:
+    """What the second process does."""
+    config_file, device, *names = argv
+    config = parse_config(BoltConfig(), ["--config", config_file, "--device", device], "")
+    torch.set_num_threads(max(1, os.cpu_count() // 2))
+    run_arms(open_lab(config, start_ranks(device)), names)
+
+
+def join_beside(process: subprocess.Popen | None, config: BoltConfig) -> None:
+    if process and process.wait():
+        raise ValueError(f"a baseline failed; {config.out}/beside.log says why")
+
+
+def main(argv=None) -> None:
+    start = time.time()
+    config = parse_config(BoltConfig(), argv, __doc__)
+    names, ranks = config.arm_names, start_ranks(config.device)
+    open_run(config.out, config, ranks)
+    lab = open_lab(config, ranks)
+    two = config.processes == 2 or config.processes == 0 and ranks.world == 1 and ranks.device.type == "cpu" and os.cpu_count() > 1
+    if two:
+        torch.set_num_threads(max(1, os.cpu_count() // 2))
+    ranks.say(f"{config.out}: {', '.join(f'{len(d)} {name}' for name, d in lab.corpora.items())} documents, {ranks.device}")
+    warm_start(lab)
+    first, second = [n for n in names if n in BESIDE], [n for n in names if n == "warm_long"]
+    for mine, beside in (([n for n in names if n in ("em", "k4")], first), ([n for n in names if n == "raw_total"], second)):
+        process = start_beside(config, beside) if two else None
+        run_arms(lab, mine if two else mine + beside)
+        join_beside(process, config)
+    if ranks.main:
+        text = report(lab)
+        write_whole(f"{config.out}/report.md", text)
+        print(f"\n{text}\n{config.out}/report.md, after {time.time() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    script(main)

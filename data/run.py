@@ -1,0 +1,228 @@
+"""Plumbing of a run: flags, randomness, device and ranks, files. Nothing here knows about latents or models.
+
+One mechanism for settings: a frozen dataclass is the command line, its --help, the log and config.json.
+"""
+import argparse
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import typing
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+# ---- settings: dataclass -> flags -> config.json ---------------------------------------------------------------
+
+def option(default, help: str):
+    """A field of a config with its line of --help; a dataclass as default nests its fields (--train.steps)."""
+    if is_dataclass(default):
+        return dataclasses.field(default_factory=lambda: default, metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def flatten(config, prefix: str = "") -> dict:
+    """A config as {flag name: value}: {"steps": 300, "model.width": 64, ...}."""
+    flat = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        flat |= flatten(value, f"{prefix}{field.name}.") if is_dataclass(value) else {prefix + field.name: value}
+    return flat
+
+
+def rebuild(config, flat: dict, prefix: str = ""):
+    """The config with the values of `flat`; the inverse of `flatten`."""
+    changes = {}
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), prefix + field.name
+        changes[field.name] = rebuild(value, flat, f"{name}.") if is_dataclass(value) else flat[name]
+    return dataclasses.replace(config, **changes)
+
+
+def converter(kind, name: str):
+    """The function that turns the text of a flag into a value of its type."""
+    if typing.get_origin(kind) is typing.Literal:
+        choices = typing.get_args(kind)
+        read = {str(choice): choice for choice in choices}
+    elif kind is bool:
+        choices, read = ("true", "false"), {"true": True, "false": False}
+    else:
+        choices, read = None, None
+
+    def convert(text):
+        try:
+            return kind(text) if read is None else read[str(text).lower() if kind is bool else str(text)]
+        except (KeyError, ValueError):
+            wanted = f"one of {', '.join(map(str, choices))}" if choices else f"a value of type {kind.__name__}"
+            raise ValueError(f"--{name} {text} is not allowed; give {wanted}") from None
+    return convert
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def add_flags(parser, config, converters: dict, prefix: str = "") -> None:
+    kinds = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        name, value = prefix + field.name, getattr(config, field.name)
+        if is_dataclass(value):
+            add_flags(parser.add_argument_group(name, field.metadata["help"]), value, converters, f"{name}.")
+            continue
+        converters[name] = converter(kinds[field.name], name)
+        choices = typing.get_args(kinds[field.name])
+        metavar = "|".join(map(str, choices)) if choices else kinds[field.name].__name__
+        shown = f"{field.metadata['help']} [{value}]".replace("%", "%%")
+        parser.add_argument(f"--{name}", dest=name, default=argparse.SUPPRESS, metavar=metavar, help=shown)
+
+
+def parse_config(default, argv, description: str):
+    """The config of a script: defaults < the "config" part of --config FILE < flags.
+
+    Raises ValueError for a value or key that does not fit, FileNotFoundError for a missing FILE; an unknown flag exits.
+    """
+    parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                           allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="take the settings of a config.json; flags override it")
+    converters = {}
+    add_flags(parser, default, converters)
+    given = vars(parser.parse_args(argv))
+    path, values = given.pop("config"), flatten(default)
+    for name, value in (read_config(path) | given).items() if path else given.items():
+        if name not in values:
+            raise ValueError(f"{path} sets {name!r}, which is no setting of this script; remove it")
+        values[name] = converters[name](value)
+    return rebuild(default, values)
+
+
+def read_config(path: str) -> dict:
+    """The flat settings of a config.json. Raises FileNotFoundError, ValueError."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no config file {path!r}; a run folder holds one as config.json")
+    try:
+        nested = json.loads(Path(path).read_text())["config"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(f"{path!r} is no config.json of a run; it needs a \"config\" part") from None
+
+    def flat(part, prefix=""):
+        for name, value in part.items():
+            yield from flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+    return dict(flat(nested))
+
+
+def script(main) -> None:
+    """Run main(argv) as a program: a user's error ends it with one line and exit code 2, no traceback."""
+    try:
+        main(sys.argv[1:])
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit_code = 2
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues", file=sys.stderr)
+        sys.exit(130)
+
+
+# ---- randomness ------------------------------------------------------------------------------------------------
+
+def random_stream(seed: int, purpose: str, *labels: int) -> np.random.Generator:
+    """Random numbers that are a function of (seed, purpose, labels) alone: of no clock, batch, slot or rank.
+
+    Philox is a counter-based generator: the labels (four at most, such as round, document, chunk, draw) go into its
+    key and counter, so each combination has a stream of its own and none has to be drawn to reach another.
+    """
+    word = int.from_bytes(hashlib.sha256(f"{seed} {purpose}".encode()).digest()[:8], "little")
+    first, *others = (*labels, 0, 0, 0, 0)[:4]
+    return np.random.Generator(np.random.Philox(key=[word, first], counter=[0, *others]))
+
+
+# ---- device and ranks ------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is: its rank of `world` processes and the device it computes on."""
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def say(self, line: str) -> None:
+        if self.main:
+            print(line, flush=True)
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+def start_ranks(device: str = "auto") -> Ranks:
+    """Join the process group that torchrun describes, or be the only process."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: this machine shows no CUDA device; use --device cpu")
+    if world == 1:
+        return Ranks(0, 1, torch.device(device))
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=datetime.timedelta(hours=2))
+    return Ranks(dist.get_rank(), world, torch.device(device))
+
+
+# ---- files -----------------------------------------------------------------------------------------------------
+
+def write_whole(path, text: str) -> None:
+    """Write a text file whole or not at all: to a temporary name, then rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def write_jsonl(path, records) -> None:
+    write_whole(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def append_metrics(folder, record: dict) -> None:
+    """One more line of metrics.jsonl."""
+    with open(Path(folder) / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+HOW_ONLY = ("device", "processes", "arms")     # settings that say where and how much is computed, not what comes out
+
+
+def open_run(folder, config, ranks: Ranks) -> None:
+    """Make the run folder with its config.json, or continue in it.
+
+    Raises ValueError where the folder belongs to another configuration: its files would not be those of this command.
+    """
+    folder, settings = Path(folder), json.loads(json.dumps(asdict(config)))
+    path = folder / "config.json"
+    if path.exists():
+        old, new = read_config(path), flatten(config)
+        changed = [f"{name} {old.get(name)} -> {new.get(name)}" for name in new.keys() | old.keys()
+                   if name not in HOW_ONLY and old.get(name) != new.get(name)]
+        if changed:
+            raise ValueError(f"{folder} holds a run with other settings ({', '.join(sorted(changed))}); "
+                             f"give another --out, or delete {folder}")
+    elif ranks.main:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        write_whole(path, json.dumps({"config": settings, "command": command, "commit": commit}, indent=2) + "\n")
+    ranks.barrier()

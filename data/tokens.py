@@ -1,0 +1,68 @@
+"""Text <-> token ids, through tiktoken.
+
+A vocabulary is an encoding of tiktoken's ("gpt2", "cl100k_base", ...) or one token per word ("words"), reduced to the
+tokens that a corpus uses, so that a small model is not all vocabulary; then the markers, as ids that text cannot spell.
+"""
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+import tiktoken
+
+BOS, EOS = "<|BEGIN_OF_TEXT|>", "<|END_OF_TEXT|>"
+SOL, EOL = "<|START_OF_LATENT|>", "<|END_OF_LATENT|>"
+PRIOR, POST = "<|PRIOR_PREFIX|>", "<|POSTERIOR_PREFIX|>"
+MARKERS = (BOS, EOS, SOL, EOL, PRIOR, POST)
+
+WORD = re.compile(r" ?\w+| ?[^\w\s]|\s")     # " moss", ",", "\n": a word takes the space before it along
+
+
+def split(text: str, encoding: str) -> list[bytes]:
+    """The tokens of a text, as bytes; joined they give the text back. A marker spelled out is text like any other."""
+    if encoding == "words":
+        return [word.encode() for word in WORD.findall(text)]
+    base = tiktoken.get_encoding(encoding)
+    return base.decode_tokens_bytes(base.encode_ordinary(text))
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """`tokens` are the bytes of ids 0, 1, 2, ...; the markers follow them. It is plain data: a checkpoint carries it."""
+    encoding: str
+    tokens: tuple[bytes, ...]
+
+    @cached_property
+    def id_of(self) -> dict[bytes, int]:
+        return {token: i for i, token in enumerate(self.tokens)}
+
+    @cached_property
+    def marker(self) -> dict[str, int]:
+        return {name: len(self.tokens) + i for i, name in enumerate(MARKERS)}
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.tokens) + len(MARKERS)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text, never a marker's. Raises ValueError where the vocabulary lacks a token."""
+        try:
+            return [self.id_of[token] for token in split(text, self.encoding)]
+        except KeyError as error:
+            raise ValueError(f"{error.args[0].decode(errors='replace')!r} in {text[:60]!r} is not among the "
+                             f"{len(self.tokens)} tokens of this vocabulary; keep to the corpus it was made from") from None
+
+    def decode(self, ids) -> str:
+        """Text of ids; markers are spelled out."""
+        return b"".join(self.tokens[i] if i < len(self.tokens) else MARKERS[i - len(self.tokens)].encode()
+                        for i in ids).decode(errors="replace")
+
+    def state(self) -> dict:
+        """What a checkpoint keeps; Tokenizer(**state) has it back."""
+        return {"encoding": self.encoding, "tokens": self.tokens}
+
+
+def tokenizer_for(texts, encoding: str) -> Tokenizer:
+    """The tokenizer of a corpus: the encoding, reduced to the tokens that occur in the texts."""
+    if encoding != "words" and encoding not in tiktoken.list_encoding_names():
+        raise ValueError(f"--encoding {encoding} is unknown; use words, {', '.join(tiktoken.list_encoding_names())}")
+    return Tokenizer(encoding, tuple(sorted({token for text in texts for token in split(text, encoding)})))
