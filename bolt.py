@@ -41,11 +41,13 @@ from train import TrainConfig, TrainState, train
 
 # ---- config ----------------------------------------------------------------------------------------------------
 
-ARMS = {"em": "EM, K thoughts a chunk", "k1": "EM, K = 1: no weighing", "k4": "EM, K = 4",
+ARMS = {"em": "EM", "k1": "EM, K = 1: no weighing", "k4": "EM, K = 4",
         "gold_plus_raw": "gold + raw as no-thought, no E-step", "raw_observed": "raw text, same observed tokens",
         "raw_m_step": "raw text, FLOPs of one M-step", "oracle": "oracle: true thoughts for all",
         "raw_total": "raw text, FLOPs of the whole loop", "warm_long": "warm start, FLOPs of the whole loop"}
-BESIDE = ["k1", "gold_plus_raw", "raw_observed", "raw_m_step", "oracle"]     # what a second process does meanwhile
+BESIDE = ["k1", "gold_plus_raw", "raw_m_step", "oracle"]     # what a second process does while the loop runs
+WORK = {"warm": 20, "em": 100, "k1": 60, "k4": 75, "gold_plus_raw": 40, "raw_observed": 12, "raw_m_step": 25, "oracle": 12,
+        "raw_total": 105, "warm_long": 105}     # what each took, of the same unit of time, to tell how much is left
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ class BoltConfig:
     processes: int = option(0, "2: baselines run beside the loop in a second process; 0: 2 on a CPU with two cores")
     device: str = option("auto", "auto, cpu, cuda or mps")
     bound_draws: int = option(16, "thoughts a chunk for the K-sample bound on held-out documents, for every model")
-    checks: int = option(6, "times a baseline with the FLOPs of the whole loop is evaluated; its best counts")
-    train: TrainConfig = option(TrainConfig(steps=300, learning_rate=3e-3, row_tokens=128), "an M-step; see train.py")
+    checks: int = option(3, "times a baseline with the FLOPs of the whole loop is evaluated; its best counts")
+    train: TrainConfig = option(TrainConfig(), "an M-step; see train.py")
     sample: SampleConfig = option(SampleConfig(), "an E-step; see sample_latents.py")
 
     @property
@@ -133,7 +135,7 @@ def evaluate(lab: Lab, model: GPT, thinks: bool, weigh: bool = True) -> dict:
         scores["known"] = sum(sum(one) > len(one) / 2 for one in right.values()) / len(right)
     if thinks and weigh:
         places = [place for document in held_out for place in places_to_infer(document)]
-        sample = replace(lab.config.sample, num_latents=lab.config.bound_draws, temperature=1.0, seed=lab.config.seed)
+        sample = replace(lab.config.sample, num_latents=lab.config.bound_draws, seed=lab.config.seed)
         evidence = infer(model, lab.layout, places, sample, round=0)
         scores |= bounds(places, evidence)
         if lab.world:
@@ -245,7 +247,7 @@ def measured(lab: Lab, name: str, passes: float, score) -> None:
         record = {"passes": passes} | score()
         write_whole(path, json.dumps(record))
         known = f", hidden facts known {record['known']:.2f}" if "known" in record else ""
-        lab.ranks.say(f"  {name:22s} accuracy {mean(record['correct']):.3f}, {nats_per_token(lab, record['nll']):.3f} nats "
+        lab.ranks.say(f"  {name:24s} accuracy {mean(record['correct']):.3f}, {nats_per_token(lab, record['nll']):.3f} nats "
                       f"per observed token{known}")
     lab.ranks.barrier()
 
@@ -258,18 +260,23 @@ def warm_start(lab: Lab) -> tuple[GPT, TrainState]:
 
 
 def em(lab: Lab, arm: str, num_latents: int) -> None:
-    """The loop of the paper. Every M-step starts again from the warm start, so only the thoughts carry over."""
+    """The loop of the paper. Every M-step starts again from the warm start, so only the thoughts carry over.
+
+    A single draw is not weighed, so with K = 1 it comes from the model as it is, at temperature 1.
+    """
     base, state = warm_start(lab)
     passes, model = 3 * state.tokens, base
     sample = replace(lab.config.sample, num_latents=num_latents, seed=lab.config.seed)
-    for t in range(1, lab.config.rounds + 1):
+    sample = replace(sample, temperature=1.0) if num_latents == 1 else sample
+    for t in tqdm(range(1, lab.config.rounds + 1), desc=f"{arm} rounds", leave=False, disable=not lab.ranks.main):
         name = f"{arm}/round_{t}"
         out = f"{lab.config.out}/{name}/latents.jsonl"
         summary = e_step(model, lab.tokenizer, lab.corpora["raw"], sample, t, out, lab.ranks)         # z ~ q, kept by p / q
         latents = encode_corpus(read_corpus(out), lab.tokenizer)
         model, state = fit(lab, latents, m_step(lab, t), name, base)                                  # fit p(z, x), q(z | x)
         passes += summary["prefilled_tokens"] + summary["sampled_tokens"] + summary["scored_tokens"] + 3 * state.tokens
-        measured(lab, f"{name}/step_last", passes, lambda: {"e_step": summary} | evaluate(lab, model, thinks=True))
+        weigh = arm == "em" or t == lab.config.rounds
+        measured(lab, f"{name}/step_last", passes, lambda: {"e_step": summary} | evaluate(lab, model, True, weigh))
 
 
 def m_step(lab: Lab, round: int) -> TrainConfig:
@@ -277,24 +284,30 @@ def m_step(lab: Lab, round: int) -> TrainConfig:
 
 
 def baseline(lab: Lab, arm: str) -> None:
-    """Train one of the models without an E-step for its budget, evaluated `checks` times on the way where it is long."""
+    """Train one of the models without an E-step for its budget, evaluated `checks` times on the way where it is long.
+
+    gold_plus_raw goes on from the warm start, as every M-step does, for as many steps as all M-steps together.
+    """
     gold, raw, loop = lab.corpora["gold"], lab.corpora["raw"], lab.config.warm_steps + lab.config.train.steps
     documents, thinks = {"gold_plus_raw": (gold + raw, True), "warm_long": (gold, True)}.get(arm, (raw, False))
     config = replace(m_step(lab, 0), plain_as="no_thought" if arm == "gold_plus_raw" else "plain")
+    base, state = warm_start(lab) if arm == "gold_plus_raw" else (None, TrainState())
+    before = 3 * state.tokens
     tokens, observed = per_step(lab, documents, config)
     loop_tokens, loop_observed = per_step(lab, gold, config)
-    steps = {"raw_observed": lambda: loop * loop_observed / observed, "raw_m_step": lambda: loop * loop_tokens / tokens,
-             "gold_plus_raw": lambda: lab.config.warm_steps + lab.config.rounds * lab.config.train.steps,
+    steps = {"raw_observed": lambda: loop * loop_observed / observed,
+             "raw_m_step": lambda: loop * loop_tokens / tokens,
+             "gold_plus_raw": lambda: lab.config.rounds * lab.config.train.steps,
              "raw_total": lambda: loop_passes(lab) / 3 / tokens, "warm_long": lambda: loop_passes(lab) / 3 / tokens}
     steps = round(steps[arm]())
     checks = 1 if arm in ("raw_observed", "raw_m_step") else lab.config.checks
 
     def check(model, state):
         last = state.step == steps
-        measured(lab, f"{arm}/step_{'last' if last else state.step}", 3 * state.tokens,
+        measured(lab, f"{arm}/step_{'last' if last else state.step}", before + 3 * state.tokens,
                  lambda: evaluate(lab, model, thinks, weigh=last))
 
-    fit(lab, documents, replace(config, steps=steps, checkpoint_every=math.ceil(steps / checks)), arm, at_checkpoint=check)
+    fit(lab, documents, replace(config, steps=steps, checkpoint_every=math.ceil(steps / checks)), arm, base, check)
 
 
 def oracle(lab: Lab, arm: str) -> None:
@@ -324,11 +337,26 @@ RUN_ARM = {"em": lambda lab, arm: em(lab, arm, lab.config.sample.num_latents), "
            "k4": lambda lab, arm: em(lab, arm, 4), "oracle": oracle}
 
 
-def run_arms(lab: Lab, names: list[str]) -> None:
+def run_arms(lab: Lab, names: list[str], work: "Work") -> None:
     for name in names:
         if name != "oracle" or name in lab.corpora:
-            lab.ranks.say(f"{ARMS[name]} [{name}]")
+            lab.ranks.say(f"{ARMS[name]} [{name}]{work.left()}")
             RUN_ARM.get(name, baseline)(lab, name)
+        work.finish(name)
+
+
+class Work:
+    """How much of what this process has to do is done, to tell how long the rest takes."""
+
+    def __init__(self, names: list[str]):
+        self.start, self.todo, self.done = time.time(), sum(WORK[name] for name in names), 0
+
+    def finish(self, name: str) -> None:
+        self.done += WORK[name]
+
+    def left(self) -> str:
+        elapsed = time.time() - self.start
+        return f": {elapsed:.0f} s gone, about {elapsed * (self.todo - self.done) / self.done:.0f} s left" if self.done else ""
 
 
 # ---- report ----------------------------------------------------------------------------------------------------
@@ -419,7 +447,7 @@ def verdicts(lab: Lab, records: dict[str, dict]) -> list[Verdict]:
                          f"last against first: accuracy {ends[0][1]}, nats per document {ends[1][1]}; "
                          f"each round: {', '.join(a for (_, a), _ in steps)}"))
     for arm in ("k4", "k1"):
-        if f"{arm}/round_{lab.config.rounds}" in records:
+        if f"{arm}/round_{lab.config.rounds}" in records and int(arm[1:]) < lab.config.sample.num_latents:
             ok, text = better(last["correct"], records[f"{arm}/round_{lab.config.rounds}"]["correct"])
             found.append(Verdict(f"C4 K = {lab.config.sample.num_latents} beats K = {arm[1:]}", ok, f"accuracy {text}"))
     if lab.world:
@@ -467,6 +495,7 @@ def model_names(lab: Lab, records: dict) -> list[tuple[str, str]]:
     for arm, label in ARMS.items():
         if arm in ("em", "k1", "k4"):
             shown = range(1, lab.config.rounds + 1) if arm == "em" else [lab.config.rounds]
+            label = f"EM, K = {lab.config.sample.num_latents}" if arm == "em" else label
             names += [(f"{arm}/round_{t}", f"{label}, round {t}") for t in shown]
         else:
             names.append((arm, label))
@@ -508,7 +537,7 @@ def run_beside(argv) -> None:
     config_file, device, *names = argv
     config = parse_config(BoltConfig(), ["--config", config_file, "--device", device], "")
     torch.set_num_threads(max(1, os.cpu_count() // 2))
-    run_arms(open_lab(config, start_ranks(device)), names)
+    run_arms(open_lab(config, start_ranks(device)), names, Work(names))
 
 
 def join_beside(process: subprocess.Popen | None, config: BoltConfig) -> None:
@@ -517,7 +546,6 @@ def join_beside(process: subprocess.Popen | None, config: BoltConfig) -> None:
 
 
 def main(argv=None) -> None:
-    start = time.time()
     config = parse_config(BoltConfig(), argv, __doc__)
     names, ranks = config.arm_names, start_ranks(config.device)
     open_run(config.out, config, ranks)
@@ -526,16 +554,19 @@ def main(argv=None) -> None:
     if two:
         torch.set_num_threads(max(1, os.cpu_count() // 2))
     ranks.say(f"{config.out}: {', '.join(f'{len(d)} {name}' for name, d in lab.corpora.items())} documents, {ranks.device}")
+    loop = [n for n in names if n in ("em", "k4", "raw_observed")], [n for n in names if n in BESIDE]
+    after = [n for n in names if n == "raw_total"], [n for n in names if n == "warm_long"]
+    work = Work(["warm", *loop[0], *after[0]] if two else ["warm", *names])
     warm_start(lab)
-    first, second = [n for n in names if n in BESIDE], [n for n in names if n == "warm_long"]
-    for mine, beside in (([n for n in names if n in ("em", "k4")], first), ([n for n in names if n == "raw_total"], second)):
+    work.finish("warm")
+    for mine, beside in (loop, after):
         process = start_beside(config, beside) if two else None
-        run_arms(lab, mine if two else mine + beside)
+        run_arms(lab, mine if two else mine + beside, work)
         join_beside(process, config)
     if ranks.main:
         text = report(lab)
         write_whole(f"{config.out}/report.md", text)
-        print(f"\n{text}\n{config.out}/report.md, after {time.time() - start:.0f} s")
+        ranks.say(f"\n{text}\n{config.out}/report.md, after {time.time() - work.start:.0f} s")
 
 
 if __name__ == "__main__":

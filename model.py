@@ -26,7 +26,7 @@ class GPTConfig:
     heads: int = field(default=2, metadata={"help": "query heads; must divide the width"})
     kv_heads: int = field(default=2, metadata={"help": "key-value heads; must divide the heads"})
     ffn: int = field(default=160, metadata={"help": "hidden size of the SwiGLU"})
-    rope_base: float = field(default=10000.0, metadata={"help": "base of the rotary frequencies"})
+    rope_base: float = field(default=100.0, metadata={"help": "base of the rotary frequencies; open models have 10000 or more"})
     embedding_std: float = field(default=0.2, metadata={"help": "initial std of the embedding; large helps tiny models"})
     tied: bool = field(default=False, metadata={"help": "share the embedding with the output head"})
 

@@ -35,7 +35,7 @@ from model import GPT, KVCache, load_checkpoint
 @dataclass(frozen=True)
 class SampleConfig:
     num_latents: int = option(16, "K, the thoughts drawn per chunk")
-    temperature: float = option(1.0, "of the proposal; log_proposal is that of the tempered distribution")
+    temperature: float = option(1.3, "of the proposal, which log_proposal counts; above 1 it explores more")
     max_latent_tokens: int = option(32, "a draw that is longer is unfinished: weight zero, never trained on")
     slots: int = option(512, "rows that decode together")
     block_documents: int = option(320, "documents per block; a block is drawn, scored and written as one")

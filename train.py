@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from data.layout import LATENT, TEXT, Document, Layout, encode_document, read_corpus, texts_of
 from data.loader import Batch, score_sequences, training_batches
-from data.run import Ranks, append_metrics, open_run, option, parse_config, script, start_ranks
+from data.run import Ranks, append_metrics, open_run, option, parse_config, script, start_ranks, trim_metrics
 from data.tokens import Tokenizer, tokenizer_for
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 
@@ -37,11 +37,11 @@ LOG_EVERY = 25      # steps
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int = option(600, "optimizer steps")
+    steps: int = option(300, "optimizer steps")
     batch_tokens: int = option(512, "tokens of a global batch, over all processes and micro-batches")
-    row_tokens: int = option(64, "tokens of a row that documents are packed into; at most --model.context")
+    row_tokens: int = option(128, "tokens of a row that documents are packed into; at most --model.context")
     micro_batch_rows: int = option(0, "rows that go through the model at once on a process; 0: all of them")
-    learning_rate: float = option(1.5e-3, "peak of AdamW's learning rate")
+    learning_rate: float = option(3e-3, "peak of AdamW's learning rate")
     muon_learning_rate: float = option(0.015, "peak of Muon's, for the matrices of the blocks; 0: AdamW for all")
     warmup: float = option(0.05, "share of the steps in which the learning rate rises")
     decay: float = option(0.5, "share of the steps, at the end, in which it falls linearly to zero")
@@ -85,7 +85,8 @@ def nearest_orthogonal(matrices: Tensor, iterations: int = 5) -> Tensor:
     x = x.mT if x.shape[-2] > x.shape[-1] else x
     for _ in range(iterations):
         gram = x @ x.mT
-        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
+        # x <- 3.4445 x + (2.0315 gram^2 - 4.7750 gram) x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x.mT if matrices.shape[-2] > matrices.shape[-1] else x
 
 
@@ -230,6 +231,7 @@ def train(model: GPT, tokenizer: Tokenizer, documents: list[Document], config: T
     optimizers, state = make_optimizers(model, config, device), TrainState()
     if os.path.exists(path):
         state = resume(path, model, optimizers, device)
+    trim_metrics(folder, state.step, ranks)
     forward = torch.compile(model) if config.compile == "on" or config.compile == "auto" and device.type == "cuda" else model
     forward = DistributedDataParallel(forward) if ranks.world > 1 else forward
     low = config.dtype == "bfloat16" or config.dtype == "auto" and device.type == "cuda"

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 
 # ---- settings: dataclass -> flags -> config.json ---------------------------------------------------------------
@@ -70,18 +71,19 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see --help)\n")
 
 
-def add_flags(parser, config, converters: dict, prefix: str = "") -> None:
-    kinds = typing.get_type_hints(type(config))
+def add_flags(parser, config, converters: dict, prefix: str = "", group=None) -> None:
+    """A flag for every field; a nested config has a group of its own in --help."""
+    kinds, group = typing.get_type_hints(type(config)), group or parser
     for field in dataclasses.fields(config):
         name, value = prefix + field.name, getattr(config, field.name)
         if is_dataclass(value):
-            add_flags(parser.add_argument_group(name, field.metadata["help"]), value, converters, f"{name}.")
+            add_flags(parser, value, converters, f"{name}.", parser.add_argument_group(name, field.metadata["help"]))
             continue
         converters[name] = converter(kinds[field.name], name)
         choices = typing.get_args(kinds[field.name])
         metavar = "|".join(map(str, choices)) if choices else kinds[field.name].__name__
         shown = f"{field.metadata['help']} [{value}]".replace("%", "%%")
-        parser.add_argument(f"--{name}", dest=name, default=argparse.SUPPRESS, metavar=metavar, help=shown)
+        group.add_argument(f"--{name}", dest=name, default=argparse.SUPPRESS, metavar=metavar, help=shown)
 
 
 def parse_config(default, argv, description: str):
@@ -123,7 +125,6 @@ def script(main) -> None:
     try:
         main(sys.argv[1:])
     except (ValueError, FileNotFoundError) as error:
-        sys.exit_code = 2
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -159,7 +160,8 @@ class Ranks:
 
     def say(self, line: str) -> None:
         if self.main:
-            print(line, flush=True)
+            tqdm.write(line)      # above the progress bars
+            sys.stdout.flush()
 
     def barrier(self) -> None:
         if self.world > 1:
@@ -202,6 +204,14 @@ def append_metrics(folder, record: dict) -> None:
     """One more line of metrics.jsonl."""
     with open(Path(folder) / "metrics.jsonl", "a") as file:
         file.write(json.dumps(record) + "\n")
+
+
+def trim_metrics(folder, step: int, ranks: Ranks) -> None:
+    """Drop what metrics.jsonl holds beyond a step: a resumed run writes it again."""
+    path = Path(folder) / "metrics.jsonl"
+    if ranks.main and path.exists():
+        write_whole(path, "".join(line for line in path.read_text().splitlines(True)
+                                  if line.endswith("\n") and json.loads(line)["step"] <= step))
 
 
 HOW_ONLY = ("device", "processes", "arms")     # settings that say where and how much is computed, not what comes out

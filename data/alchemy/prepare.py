@@ -11,7 +11,7 @@
     world.json       the table itself, for the exact posterior; no model ever sees it
 
 Every list of ingredients belongs to one of the parts gold, raw and held-out (by a hash), so no part shares a prefix
-with another. Prints what it wrote; with the defaults: 800 gold, 2500 raw, 500 held-out documents, about 100 probes.
+with another. Prints what it wrote; with the defaults: 800 gold, 2000 raw, 400 held-out documents, about 100 probes.
 """
 import argparse
 import hashlib
@@ -106,8 +106,8 @@ def main(argv=None) -> None:
     parser.add_argument("--out", default=os.path.dirname(os.path.abspath(__file__)), help="folder of the corpus")
     parser.add_argument("--seed", type=int, default=0, help="of the table and the documents [0]")
     parser.add_argument("--gold", type=int, default=800, help="documents with thoughts [800]")
-    parser.add_argument("--raw", type=int, default=2500, help="documents without [2500]")
-    parser.add_argument("--held_out", type=int, default=500, help="documents for evaluation [500]")
+    parser.add_argument("--raw", type=int, default=2000, help="documents without [2000]")
+    parser.add_argument("--held_out", type=int, default=400, help="documents for evaluation [400]")
     parser.add_argument("--failure", type=float, default=0.1, help="probability that a reaction fails [0.1]")
     counts = prepare(**vars(parser.parse_args(argv)))
     print("alchemy:", ", ".join(f"{count} {part}" for part, count in counts.items()), "documents")

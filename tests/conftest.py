@@ -1,0 +1,58 @@
+"""Small models and corpora that the tests share. Tests marked slow run where RUN_SLOW=1, as in CI."""
+import os
+
+import pytest
+import torch
+
+from data.layout import Layout, encode_document
+from data.run import Ranks
+from data.tokens import Tokenizer, tokenizer_for
+from model import GPT, GPTConfig
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: kill and soak tests, run where RUN_SLOW=1")
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    if os.environ.get("RUN_SLOW") != "1":
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow; RUN_SLOW=1 runs it"))
+
+
+def random_model(vocab_size: int, seed: int = 0, **shape) -> GPT:
+    """A small model with a head that is not zero, so that its distribution is not uniform."""
+    model = GPT(GPTConfig(**{"vocab_size": vocab_size, "context": 64, "width": 32, "ffn": 48, "heads": 4, "kv_heads": 2, **shape}), seed)
+    with torch.no_grad():
+        model.head.weight.copy_(torch.randn(model.head.weight.shape, generator=torch.Generator().manual_seed(seed)) * 0.2)
+    return model
+
+
+RECORDS = [
+    {"text": "a b c", "chunks": [{"suffix": "a b", "given": True}, {"suffix": " c", "latent": " d e"}]},
+    {"text": "a a c d", "chunks": [{"suffix": "a a", "latent": None}, {"suffix": " c d", "latent": " b"}]},
+    {"text": "b d", "chunks": [{"suffix": "b d", "latent": None}]},
+    {"text": "a e b c c", "chunks": [{"suffix": "a e b", "given": True}, {"suffix": " c c", "latent": ""}]},
+]
+
+
+@pytest.fixture
+def tokenizer() -> Tokenizer:
+    return tokenizer_for(["a b c d e", " a", "b"], "words")
+
+
+@pytest.fixture
+def layout(tokenizer) -> Layout:
+    return Layout(tokenizer)
+
+
+@pytest.fixture
+def documents(tokenizer):
+    return [encode_document(i, record, tokenizer) for i, record in enumerate(RECORDS)]
+
+
+@pytest.fixture
+def alone() -> Ranks:
+    return Ranks(0, 1, torch.device("cpu"))

@@ -1,0 +1,313 @@
+"""Laws of sample_latents.py: the estimator by exact enumeration, the sampler against one row at a time, the E-step's file.
+
+The enumerable world: three words and six markers, of which only the words and EOL can be drawn, so that all thoughts of
+up to two words can be listed with their exact probabilities.
+"""
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+import sample_latents
+from data.layout import GIVEN, Layout, encode_document, read_corpus
+from data.run import Ranks
+from data.tokens import tokenizer_for
+from model import save_checkpoint
+from sample_latents import (SampleConfig, effective_sample_size, e_step, generate, importance_bound, infer, inverse_cdf,
+                            log_importance_weights, main, places_to_infer, proposal_log_probs, propose, resample,
+                            score_joint, summarize, uniform_numbers, vocabulary_mask)
+from tests.conftest import random_model
+
+CAP = 3        # max_latent_tokens of the enumerated world: thoughts of 0, 1 or 2 words finish, others do not
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A model, a layout and a chunk whose thoughts can be listed: words a, b, c after a given prefix."""
+    tokenizer = tokenizer_for([" a b c"], "words")
+    layout = Layout(tokenizer)
+    record = {"text": " a b c", "chunks": [{"suffix": " a b", "given": True}, {"suffix": " c"}]}
+    return random_model(tokenizer.vocab_size, seed=3, heads=4, kv_heads=4), layout, (encode_document(0, record, tokenizer), 1)
+
+
+def enumerate_thoughts(model, layout, place, temperature):
+    """Every finished thought with its exact log p(z, x | C) and log q(z | x, C), each from one uncached forward pass."""
+    others = [i for i in layout.tokenizer.marker.values() if i != layout.eol]
+    banned, table = vocabulary_mask(model, *others), []
+    for length in range(CAP):
+        for thought in itertools.product(range(3), repeat=length):
+            joint = layout.joint(*place, list(thought))
+            ids, kinds = torch.tensor(joint.ids), torch.tensor(joint.kinds)
+            log_p = model(ids[None, :-1], ids[None, 1:].where(kinds[1:] != GIVEN, -1)).sum().item()
+            drawn = [*thought, layout.eol]
+            prompt = layout.posterior_prompt(*place)
+            logits = model.logits(model.hidden(torch.tensor([prompt + drawn[:-1]])))[0, len(prompt) - 1:]
+            log_q = proposal_log_probs(logits, temperature, banned).gather(1, torch.tensor(drawn)[:, None]).sum().item()
+            table.append((thought, log_p, log_q))
+    return table
+
+
+def infer_many(small, temperature, chunks, draws):
+    """`chunks` copies of the chunk with `draws` thoughts each, all with random numbers of their own."""
+    model, layout, (document, c) = small
+    places = [(type(document)(i, document.chunks, document.record), c) for i in range(chunks)]
+    config = SampleConfig(num_latents=draws, temperature=temperature, max_latent_tokens=CAP, slots=64)
+    return infer(model, layout, places, config, round=1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.5])
+def test_the_mean_weight_is_the_evidence(small, temperature):
+    """E_q[p(z, x) / q(z | x)] is the sum of p(z, x) over the thoughts within the cap, at any temperature of the proposal;
+    unfinished draws count with weight zero."""
+    evidence = infer_many(small, temperature, chunks=300, draws=40)
+    exact = math.log(sum(math.exp(log_p) for _, log_p, _ in enumerate_thoughts(*small, temperature)))
+    weights = evidence.log_weights.exp().flatten()
+    error = (weights.std() / len(weights) ** 0.5).item()
+    assert 0 < (~evidence.finished).sum() < evidence.finished.numel()
+    assert abs(weights.mean().item() - math.exp(exact)) < 4 * error and error < 0.05 * math.exp(exact)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_joint_and_proposal_of_every_draw_are_the_enumerated_ones(small, temperature):
+    """Cached, batched, in slots: each draw has the log p and log q of an uncached pass; EOL counts once on each side."""
+    evidence = infer_many(small, temperature, chunks=20, draws=8)
+    exact = {thought: (log_p, log_q) for thought, log_p, log_q in enumerate_thoughts(*small, temperature)}
+    seen = set()
+    for n, latents in enumerate(evidence.latents):
+        for k, latent in enumerate(latents):
+            if evidence.finished[n, k]:
+                seen.add(tuple(latent))
+                assert exact[tuple(latent)][0] == pytest.approx(evidence.log_joint[n, k].item(), abs=1e-4)
+                assert exact[tuple(latent)][1] == pytest.approx(evidence.log_proposal[n, k].item(), abs=1e-4)
+            else:
+                assert len(latent) == CAP and evidence.log_weights[n, k] == -math.inf
+    assert () in seen and len(seen) > 5
+
+
+def test_draws_follow_the_proposal(small):
+    """The frequency of each thought is exp(log q)."""
+    evidence = infer_many(small, 1.0, chunks=500, draws=16)
+    total = 500 * 16
+    for thought, _, log_q in enumerate_thoughts(*small, 1.0):
+        q = math.exp(log_q)
+        count = sum(tuple(latent) == thought and bool(evidence.finished[n, k])
+                    for n, latents in enumerate(evidence.latents) for k, latent in enumerate(latents))
+        assert abs(count - total * q) < 5 * math.sqrt(total * q * (1 - q)) + 1
+
+
+def test_the_resampled_thought_tends_to_the_exact_posterior(small):
+    """Total variation distance to p(z | x) falls with K and is small at K = 64."""
+    table = enumerate_thoughts(*small, 1.0)
+    evidence = math.log(sum(math.exp(log_p) for _, log_p, _ in table))
+    posterior = {thought: math.exp(log_p - evidence) for thought, log_p, _ in table}
+
+    def distance(draws, chunks=400):
+        e = infer_many(small, 1.0, chunks, draws)
+        usable = e.finished.any(-1)
+        weights = e.log_weights.where(usable[:, None], 0.0).softmax(-1)
+        kept = resample(weights, uniform_numbers(0, "test", (draws,), (chunks,)))
+        counts = {}
+        for n in usable.nonzero().flatten().tolist():
+            thought = tuple(e.latents[n][kept[n]])
+            counts[thought] = counts.get(thought, 0) + 1
+        return sum(abs(counts.get(z, 0) / int(usable.sum()) - p) for z, p in posterior.items()) / 2
+    assert distance(64) < 0.12 and distance(64) < distance(1)
+
+
+def test_the_bound_rises_with_K_and_stays_under_the_evidence(small):
+    """The mean K-sample bound, over chunks where it is finite for every K, grows towards log p(x)."""
+    log_w = infer_many(small, 1.0, chunks=400, draws=64).log_weights
+    exact = math.log(sum(math.exp(log_p) for _, log_p, _ in enumerate_thoughts(*small, 1.0)))
+    means = []
+    for draws in (4, 16, 64):
+        bound = importance_bound(log_w.view(-1, draws))
+        means.append(bound[bound > -math.inf].mean().item())
+    assert means[0] < means[1] < means[2] < exact + 0.02
+
+
+def test_the_estimator_on_numbers_worked_by_hand():
+    """Weights 1, 3, 0 of an unfinished draw: w = 1/4, 3/4, 0; ess 1.6; bound log 4/3."""
+    log_joint = torch.tensor([[-2.0, -1.0, -math.inf]])
+    log_proposal = torch.tensor([[-2.0, -1.0 - math.log(3), -5.0]])
+    log_w = log_importance_weights(log_joint, log_proposal)
+    w = log_w.softmax(-1)
+    torch.testing.assert_close(w, torch.tensor([[0.25, 0.75, 0.0]]))
+    torch.testing.assert_close(effective_sample_size(w), torch.tensor([1.6]))
+    torch.testing.assert_close(importance_bound(log_w), torch.tensor([math.log(4 / 3)]))
+    kept = [resample(w, torch.tensor([u])).item() for u in (0.0, 0.2499, 0.2501, 1 - 2 ** -23)]
+    assert kept == [0, 0, 1, 1]
+    with pytest.raises(ValueError, match="differ in shape"):
+        log_importance_weights(log_joint, log_proposal[:, :2])
+
+
+def test_an_id_of_probability_zero_is_never_picked():
+    """Banned ids at either end of the vocabulary, and the largest uniform number there is."""
+    probabilities = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0]]).expand(3, -1)
+    assert inverse_cdf(probabilities, torch.tensor([0.0, 0.5, 1 - 2 ** -23])).tolist() == [1, 3, 3]
+    random = torch.rand(2000, 50, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    assert inverse_cdf(random, torch.full((2000,), 1 - 2 ** -23)).max() < 50
+
+
+def test_markers_are_never_drawn(small):
+    evidence = infer_many(small, 1.5, chunks=50, draws=16)
+    assert {i for latents in evidence.latents for latent in latents for i in latent} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("slots", [1, 3, 7, 1000])
+def test_slots_change_nothing(small, slots):
+    """A slot that is refilled decodes what a row of its own would: same ids, log-probs equal up to float error."""
+    model, layout, (document, c) = small
+    prompts = [layout.posterior_prompt(document, c), [layout.bos, 0], [layout.bos, 1, 2, 0, 0, 1, 2]]
+    uniforms = uniform_numbers(1, "slots", (), (3, 5, 9))
+    arguments = dict(stop=vocabulary_mask(model, layout.eol), banned=vocabulary_mask(model, layout.bos))
+    ours = generate(model, prompts, uniforms, slots=slots, **arguments)
+    for n, prompt in enumerate(prompts):
+        for k in range(5):
+            alone = generate(model, [prompt], uniforms[n:n + 1, k:k + 1], slots=1, **arguments)
+            assert alone.ids[0] == ours.ids[n * 5 + k] and alone.finished[0] == ours.finished[n * 5 + k]
+            torch.testing.assert_close(alone.log_prob[0], ours.log_prob[n * 5 + k], atol=1e-5, rtol=1e-5)
+
+
+def test_step_log_probs_are_the_rescored_ones(small):
+    """At temperature 1, with no banned id of weight, the sampler's sums agree with GPT.forward on the same ids."""
+    model, layout, (document, c) = small
+    prompt = layout.posterior_prompt(document, c)
+    none = vocabulary_mask(model)
+    drawn = generate(model, [prompt], uniform_numbers(2, "x", (), (1, 20, 8)), stop=vocabulary_mask(model, layout.eol), banned=none)
+    for ids, log_prob, finished in zip(drawn.ids, drawn.log_prob, drawn.finished):
+        new = ids + [layout.eol] * int(finished)
+        whole = torch.tensor([prompt + new])
+        targets = whole[:, 1:].clone()
+        targets[:, :len(prompt) - 1] = -1
+        torch.testing.assert_close(model(whole[:, :-1], targets).sum(), log_prob, atol=1e-5, rtol=1e-5)
+
+
+def test_greedy_decoding_is_the_argmax(small):
+    model, layout, _ = small
+    drawn = generate(model, [[layout.bos, 0]], torch.zeros(1, 1, 4), stop=vocabulary_mask(model), banned=vocabulary_mask(model), greedy=True)
+    ids = [layout.bos, 0]
+    for _ in range(4):
+        ids.append(int(model.logits(model.hidden(torch.tensor([ids])))[0, -1].argmax()))
+    assert drawn.ids[0] == ids[2:]
+
+
+def test_equal_draws_are_scored_once_and_alike(small):
+    model, layout, place = small
+    log_joint, tokens = score_joint(model, layout, [place], [[[0, 1], [2], [0, 1]]], 100)
+    assert log_joint[0, 0] == log_joint[0, 2] != log_joint[0, 1]
+    assert tokens == len(layout.joint(*place, [0, 1]).ids) + len(layout.joint(*place, [2]).ids) - 2
+
+
+def test_a_draw_depends_on_its_labels_only(small):
+    """Document, chunk, round and seed decide, not what is drawn beside it."""
+    model, layout, (document, c) = small
+    places = [(type(document)(i, document.chunks, document.record), c) for i in range(4)]
+    config = SampleConfig(num_latents=3, max_latent_tokens=CAP)
+    together = propose(model, layout, places, config, 1).ids
+    assert propose(model, layout, places[2:3], config, 1).ids == together[6:9]
+    assert propose(model, layout, places, config, 2).ids != together
+    assert propose(model, layout, places, SampleConfig(num_latents=2, max_latent_tokens=CAP), 1).ids[:2] == together[:2]
+
+
+def test_a_prompt_without_room_is_an_error(small):
+    model, layout, _ = small
+    with pytest.raises(ValueError, match="context of 64"):
+        generate(model, [[0] * 60], torch.zeros(1, 1, 5), stop=vocabulary_mask(model), banned=vocabulary_mask(model))
+
+
+# ---- the E-step's file -----------------------------------------------------------------------------------------
+
+WORDS = ["a", " a", " b", " c", " d", " e"]
+CORPUS = [{"text": f"a {x} {y}", "chunks": [{"suffix": f"a {x}", "given": True}, {"suffix": f" {y}", "latent": None}]}
+          for x in "abcde" for y in "abcde"] + [{"text": "a b", "chunks": [{"suffix": "a b", "latent": " c"}]}]
+
+
+@pytest.fixture
+def stage(tmp_path):
+    """A checkpoint and a corpus on disk, as train.py and prepare.py leave them."""
+    tokenizer = tokenizer_for(WORDS, "words")
+    save_checkpoint(str(tmp_path / "ckpt.pt"), random_model(tokenizer.vocab_size), tokenizer=tokenizer.state())
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(record) + "\n" for record in CORPUS))
+    return tmp_path
+
+
+def run_main(stage, out, *flags):
+    main(["--checkpoint", str(stage / "ckpt.pt"), "--data", str(stage / "corpus.jsonl"), "--out", str(stage / out), "--device", "cpu",
+          "--num_latents", "4", "--max_latent_tokens", "6", "--block_documents", "7", *flags])
+    return (stage / out).read_bytes()
+
+
+def test_the_output_is_the_corpus_with_latents_and_evidence(stage):
+    """Every chunk that wanted a thought has one, or none where no draw finished; the kept one can be recomputed."""
+    run_main(stage, "latents.jsonl")
+    records = read_corpus(str(stage / "latents.jsonl"))
+    assert [r["text"] for r in records] == [r["text"] for r in CORPUS] and records[-1]["chunks"] == CORPUS[-1]["chunks"]
+    for record in records[:-1]:
+        chunk = record["chunks"][1]
+        log_w = [-math.inf if p is None else p - q for p, q in zip(chunk["log_joint"], chunk["log_proposal"])]
+        assert [w > -math.inf for w in log_w] == chunk["finished"]
+        if any(chunk["finished"]):
+            assert chunk["bound"] == pytest.approx(importance_bound(torch.tensor(log_w)).item(), abs=1e-5)
+            assert len(chunk["latent_ids"]) in [n for n, ok in zip(chunk["lengths"], chunk["finished"]) if ok]
+        else:
+            assert chunk["latent"] is None and chunk["bound"] is None
+
+
+def test_a_chunk_without_a_finished_draw_stays_plain_and_is_counted(stage):
+    run_main(stage, "short.jsonl", "--max_latent_tokens", "1", "--num_latents", "1")
+    records = read_corpus(str(stage / "short.jsonl"))
+    plain = [r for r in records[:-1] if r["chunks"][1]["latent"] is None]
+    summary = summarize(records)
+    assert 0 < len(plain) < 25 and summary["left_plain"] == len(plain) and summary["chunks"] == 25
+    assert summary["unfinished"] == pytest.approx(len(plain) / 25) and math.isfinite(summary["bound"])
+
+
+def test_a_killed_run_continues_to_the_same_bytes(stage, monkeypatch):
+    """Stopped after any block; finished blocks are not drawn again."""
+    whole = run_main(stage, "whole.jsonl")
+    annotate_block, calls = sample_latents.annotate_block, []
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return annotate_block(*arguments)
+    monkeypatch.setattr(sample_latents, "annotate_block", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run_main(stage, "killed.jsonl")
+    assert not (stage / "killed.jsonl").exists()
+    assert run_main(stage, "killed.jsonl") == whole and len(calls) == 5
+    assert not (stage / "killed.jsonl.parts").exists()
+
+
+def test_ranks_divide_the_blocks_and_write_the_same_bytes(stage):
+    """Rank 1 of two does every second block; rank 0 the others and the merging."""
+    whole = run_main(stage, "whole.jsonl")
+    model, state = sample_latents.load_checkpoint(str(stage / "ckpt.pt"))
+    tokenizer = sample_latents.Tokenizer(**state["tokenizer"])
+    documents = [encode_document(i, record, tokenizer) for i, record in enumerate(CORPUS)]
+    config, out = SampleConfig(num_latents=4, max_latent_tokens=6, block_documents=7), str(stage / "two.jsonl")
+    Silent = type("Silent", (Ranks,), {"barrier": lambda self: None})
+    with pytest.raises(FileNotFoundError):
+        e_step(model, tokenizer, documents, config, 1, out, Silent(1, 2, torch.device("cpu")))
+    assert len(list((stage / "two.jsonl.parts").iterdir())) == 2
+    e_step(model, tokenizer, documents, config, 1, out, Silent(0, 2, torch.device("cpu")))
+    assert (stage / "two.jsonl").read_bytes() == whole
+
+
+def test_an_output_of_other_settings_is_refused(stage):
+    run_main(stage, "latents.jsonl")
+    with pytest.raises(ValueError, match="seed 0 -> 1"):
+        run_main(stage, "latents.jsonl", "--seed", "1")
+
+
+@pytest.mark.parametrize("flag, value", [("--num_latents", "0"), ("--temperature", "-1"), ("--max_latent_tokens", "0")])
+def test_a_setting_that_makes_no_sense_is_named(stage, flag, value):
+    with pytest.raises(ValueError, match=f"{flag} {value}"):
+        run_main(stage, "x.jsonl", flag, value)
+
+
+def test_places_to_infer_are_the_observed_chunks_without_thought(documents):
+    assert [c for _, c in places_to_infer(documents[1])] == [0] and places_to_infer(documents[0]) == []

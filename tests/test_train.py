@@ -1,0 +1,228 @@
+"""Laws of train.py: the loss is summed and divided once, resuming is bit-identical, two processes do what one does."""
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import train as train_module
+from data.loader import training_batches
+from data.run import Ranks
+from model import GPT, GPTConfig, load_checkpoint
+from tests.conftest import RECORDS, random_model
+from train import Muon, TrainConfig, backward, direct_nll, main, make_optimizers, nearest_orthogonal, schedule, train
+
+SMALL = TrainConfig(steps=12, batch_tokens=64, row_tokens=16, checkpoint_every=5,
+                    model=GPTConfig(context=32, width=16, ffn=24, heads=2, kv_heads=2))
+NO_AUTOCAST = torch.autocast("cpu", enabled=False)
+
+
+@pytest.fixture
+def batch(documents, layout):
+    """Ragged: four rows with different numbers of targets."""
+    batch = next(training_batches(documents, layout, plain_as="plain", rows=4, row_tokens=24, seed=0))
+    assert len({int((row >= 0).sum()) for row in batch.targets}) > 1
+    return batch
+
+
+def gradients(model):
+    return [weight.grad.clone() for weight in model.parameters()]
+
+
+def test_the_gradient_is_that_of_the_mean_over_all_targets(batch, alone, layout):
+    """One mean over the targets of the batch, however it is cut into micro-batches: 1 x 4 == 2 x 2 == 4 x 1."""
+    model = random_model(layout.tokenizer.vocab_size)
+    log_p = model(batch.ids, batch.targets, batch.document)
+    (-log_p.sum() / batch.num_targets).backward()
+    expected = gradients(model)
+    for rows in (0, 1, 2, 3):
+        model.zero_grad()
+        sums = backward(model, batch, rows, alone, NO_AUTOCAST)
+        assert sums[2].item() == pytest.approx(-log_p.sum().item(), rel=1e-5)
+        for ours, theirs in zip(gradients(model), expected):
+            torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+
+
+def test_ranks_with_unequal_counts_average_to_the_same_gradient(batch, layout):
+    """The mean over ranks, which is what DDP takes, of each rank's gradient is that of one process."""
+    model = random_model(layout.tokenizer.vocab_size)
+    backward(model, batch, 0, Ranks(0, 1, torch.device("cpu")), NO_AUTOCAST)
+    expected = gradients(model)
+    parts = []
+    for rank in range(2):
+        model.zero_grad()
+        backward(model, batch, 2, Ranks(rank, 2, torch.device("cpu")), NO_AUTOCAST)
+        parts.append(gradients(model))
+    for one, two, whole in zip(*parts, expected):
+        torch.testing.assert_close((one + two) / 2, whole, atol=1e-6, rtol=1e-4)
+
+
+def test_the_schedule_as_a_table():
+    """Warm-up over 2 of 20 steps, constant, then down to zero over the last 10."""
+    config = replace(SMALL, steps=20, warmup=0.1, decay=0.5)
+    assert [round(schedule(step, config), 2) for step in (0, 1, 2, 9, 10, 11, 15, 19)] == [0.5, 1, 1, 1, 1, 0.9, 0.5, 0.1]
+
+
+def test_newton_schulz_brings_singular_values_near_one():
+    for shape in ((2, 16, 16), (3, 8, 20), (1, 20, 8)):
+        values = torch.linalg.svdvals(nearest_orthogonal(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
+        assert values.min() > 0.3 and values.max() < 1.3
+
+
+def test_muon_takes_the_steps_of_torch():
+    """Stacked in float32, ours moves as torch.optim.Muon does in bfloat16, up to bfloat16's precision."""
+    start = torch.randn(16, 24, generator=torch.Generator().manual_seed(0))
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    one, two = Muon([ours], lr=0.02, weight_decay=0.1), torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1)
+    for step in range(5):
+        gradient = torch.randn(16, 24, generator=torch.Generator().manual_seed(step + 1))
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        one.step()
+        two.step()
+    moved = (theirs - start).norm()
+    assert (ours - theirs).norm() < 0.05 * moved
+
+
+def test_every_weight_has_one_optimizer(layout):
+    model = random_model(layout.tokenizer.vocab_size)
+    for rate, count in ((0.0, 1), (0.015, 2)):
+        optimizers = make_optimizers(model, replace(SMALL, muon_learning_rate=rate), torch.device("cpu"))
+        held = [id(w) for o in optimizers for group in o.param_groups for w in group["params"]]
+        assert len(optimizers) == count and sorted(held) == sorted(map(id, model.parameters()))
+
+
+def fresh(tokenizer, config=SMALL):
+    return GPT(replace(config.model, vocab_size=tokenizer.vocab_size), config.seed)
+
+
+def weights(model):
+    return torch.cat([weight.detach().flatten() for weight in model.parameters()])
+
+
+def test_training_overfits_a_few_documents(tokenizer, layout, documents, alone, tmp_path):
+    config = replace(SMALL, steps=150, learning_rate=1e-2)
+    model = fresh(tokenizer)
+    before = direct_nll(model, layout, documents, no_thought=False)
+    train(model, tokenizer, documents, config, str(tmp_path), alone)
+    assert direct_nll(model, layout, documents[2:3], no_thought=False) < 0.5 * before
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 150 and last["loss"] < 1.0
+
+
+def test_a_killed_run_continues_to_the_same_weights(tokenizer, documents, alone, tmp_path, monkeypatch):
+    """Stopped between checkpoints, at one, or while one is written: bit for bit the uninterrupted weights and optimizer."""
+    whole = fresh(tokenizer)
+    (tmp_path / "whole").mkdir()
+    train(whole, tokenizer, documents, SMALL, str(tmp_path / "whole"), alone)
+    train_step = train_module.train_step
+    for stop in (3, 5, 7, 11):
+        folder = tmp_path / f"stop{stop}"
+        folder.mkdir()
+
+        def failing(model, forward, optimizers, batch, step, *rest):
+            if step == stop:
+                raise KeyboardInterrupt
+            return train_step(model, forward, optimizers, batch, step, *rest)
+        monkeypatch.setattr(train_module, "train_step", failing)
+        with pytest.raises(KeyboardInterrupt):
+            train(fresh(tokenizer), tokenizer, documents, SMALL, str(folder), alone)
+        monkeypatch.setattr(train_module, "train_step", train_step)
+        (folder / "ckpt.pt.tmp").write_bytes(b"half a checkpoint")
+        model = fresh(tokenizer)
+        state = train(model, tokenizer, documents, SMALL, str(folder), alone)
+        assert torch.equal(weights(model), weights(whole)) and state.step == 12
+        steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert steps == sorted(set(steps))
+    _, saved = load_checkpoint(str(tmp_path / "whole" / "ckpt.pt"))
+    _, again = load_checkpoint(str(tmp_path / "stop7" / "ckpt.pt"))
+    assert saved["state"] == again["state"]
+    for a, b in zip(saved["optimizers"], again["optimizers"]):
+        for one, two in zip(a["state"].values(), b["state"].values()):
+            assert all(torch.equal(torch.as_tensor(one[name]), torch.as_tensor(two[name])) for name in one)
+
+
+def test_a_finished_run_is_not_trained_again(tokenizer, documents, alone, tmp_path):
+    train(fresh(tokenizer), tokenizer, documents, SMALL, str(tmp_path), alone)
+    model = fresh(tokenizer)
+    state = train(model, tokenizer, documents, SMALL, str(tmp_path), alone)
+    assert state.step == 12 and not torch.equal(weights(model), weights(fresh(tokenizer)))
+
+
+def test_a_checkpoint_of_another_model_is_refused(tokenizer, documents, alone, tmp_path):
+    train(fresh(tokenizer), tokenizer, documents, SMALL, str(tmp_path), alone)
+    other = replace(SMALL, model=replace(SMALL.model, ffn=32))
+    with pytest.raises(ValueError, match="another model.*--out"):
+        train(fresh(tokenizer, other), tokenizer, documents, other, str(tmp_path), alone)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tokenizer, documents, alone, tmp_path):
+    config = replace(SMALL, steps=30, learning_rate=1e30, warmup=0.01, clip=1e30)
+    with pytest.raises(ValueError, match="--learning_rate"):
+        train(fresh(tokenizer), tokenizer, documents, config, str(tmp_path), alone)
+
+
+def test_the_raw_layout_is_a_plain_language_model(tokenizer, layout, documents):
+    """direct_nll without markers is -log p of the text given BOS and what came before."""
+    model = random_model(tokenizer.vocab_size)
+    document = documents[2]
+    ids = torch.tensor([[layout.bos, *document.chunks[0].suffix]])
+    expected = -model(ids[:, :-1], ids[:, 1:]).mean().item()
+    assert direct_nll(model, layout, [document], no_thought=False) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    return path
+
+
+def flags(corpus, out, *more):
+    return ["--data", str(corpus), "--held_out", str(corpus), "--out", str(out), "--steps", "6", "--batch_tokens", "64",
+            "--row_tokens", "16", "--model.width", "16", "--model.ffn", "24", "--device", "cpu", *more]
+
+
+def test_main_trains_and_says_where_the_checkpoint_is(corpus, tmp_path, capsys):
+    main(flags(corpus, tmp_path / "run"))
+    said = capsys.readouterr().out
+    assert f"{tmp_path}/run/ckpt.pt: 6 steps" in said and "held-out no-thought nll" in said
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["steps"] == 6
+
+
+@pytest.mark.parametrize("more, named", [(["--row_tokens", "999"], "--row_tokens 999"), (["--batch_tokens", "8"], "--batch_tokens 8"),
+                                         (["--data", "nowhere.jsonl"], "nowhere.jsonl")])
+def test_bad_settings_end_before_work_is_spent(corpus, tmp_path, more, named):
+    with pytest.raises((ValueError, FileNotFoundError), match=named):
+        main(flags(corpus, tmp_path / "run", *more))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(corpus, tmp_path):
+    """torchrun over two gloo processes: the same weights up to float error, the same counts."""
+    root = Path(train_module.__file__).parent
+    for name, launcher in (("one", ["-m", "train"]), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"])):
+        subprocess.run([sys.executable, *launcher, *flags(corpus, tmp_path / name)], cwd=root, check=True)
+    (one, state_one), (two, state_two) = (load_checkpoint(str(tmp_path / name / "ckpt.pt")) for name in ("one", "two"))
+    assert state_one["state"] == state_two["state"]
+    torch.testing.assert_close(weights(one), weights(two), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_kill_minus_9_and_again_gives_the_same_weights(corpus, tmp_path):
+    """A process killed in the middle, then the same command: the same bytes of weights."""
+    root = Path(train_module.__file__).parent
+    long = ["--steps", "200", "--checkpoint_every", "20"]
+    subprocess.run([sys.executable, "train.py", *flags(corpus, tmp_path / "whole", *long)], cwd=root, check=True)
+    command = [sys.executable, "train.py", *flags(corpus, tmp_path / "killed", *long)]
+    process = subprocess.Popen(command, cwd=root)
+    while not (tmp_path / "killed" / "ckpt.pt").exists():
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    subprocess.run(command, cwd=root, check=True)
+    one, two = (load_checkpoint(str(tmp_path / name / "ckpt.pt"))[0] for name in ("whole", "killed"))
+    assert torch.equal(weights(one), weights(two))
