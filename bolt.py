@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data.alchemy.world import SUBSTANCES, World
+from data.alchemy.world import World
 from data.layout import Document, Layout, encode_document, read_corpus, texts_of
 from data.loader import score_sequences, training_batches
 from data.run import Ranks, open_run, option, parse_config, read_config, script, start_ranks, write_jsonl, write_whole
@@ -41,11 +41,14 @@ from train import TrainConfig, TrainState, train
 
 # ---- config ----------------------------------------------------------------------------------------------------
 
-ARMS = {"em": "EM", "k1": "EM, K = 1: no weighing", "k4": "EM, K = 4",
+ARMS = {"warm": "warm start on gold", "em": "EM", "k1": "EM, K = 1: no weighing", "k4": "EM, K = 4",
         "gold_plus_raw": "gold + raw as no-thought, no E-step", "raw_observed": "raw text, same observed tokens",
         "raw_m_step": "raw text, FLOPs of one M-step", "oracle": "oracle: true thoughts for all",
         "raw_total": "raw text, FLOPs of the whole loop", "warm_long": "warm start, FLOPs of the whole loop"}
-BESIDE = ["k1", "gold_plus_raw", "raw_m_step", "oracle"]     # what a second process does while the loop runs
+# What this process does, and what a second one does beside it; a phase needs what the phases before it made.
+PHASES = ((("warm",), ("raw_m_step",)),
+          (("em", "k4"), ("k1", "gold_plus_raw", "raw_observed", "oracle")),
+          (("raw_total",), ("warm_long",)))
 WORK = {"warm": 20, "em": 100, "k1": 60, "k4": 75, "gold_plus_raw": 40, "raw_observed": 12, "raw_m_step": 25, "oracle": 12,
         "raw_total": 105, "warm_long": 105}     # what each took, of the same unit of time, to tell how much is left
 
@@ -72,7 +75,7 @@ class BoltConfig:
         for name in names:
             if name not in ARMS:
                 raise ValueError(f"--arms {name} is not allowed; give all, study, or some of {', '.join(ARMS)}")
-        return names
+        return ["warm"] + [name for name in names if name != "warm"]
 
 
 # ---- the lab: corpora, tokenizer, machine ----------------------------------------------------------------------
@@ -203,22 +206,15 @@ def bounds(places, evidence: Evidence) -> dict:
 def thought_quality(lab: Lab, places, evidence: Evidence) -> dict:
     """Against the exact posterior of the world: the share of valid thoughts among the draws and after resampling, and the
     mean total variation distance of the draws, then of the weighed draws, to the posterior."""
-    uniform = torch.full_like(evidence.log_weights, 1 / evidence.log_weights.shape[1])
     weights = evidence.log_weights.where(evidence.finished.any(-1, keepdim=True), 0.0).softmax(-1)
-    totals = dict.fromkeys(("valid_before", "valid_after", "distance_before", "distance_after"), 0.0)
-    for (document, c), latents, before, after in zip(places, evidence.latents, uniform.tolist(), weights.tolist()):
-        ingredients = World.read_prefix(document.record["chunks"][0]["suffix"])
-        outcome = SUBSTANCES.index(final_answer(document.record["chunks"][c]["suffix"]))
-        paths = [World.read_thought(lab.tokenizer.decode(latent), ingredients) for latent in latents]
-        for name, mass in (("before", before), ("after", after)):
-            share: dict[tuple, float] = {}
-            for path, weight in zip(paths, mass):
-                if path is not None and path[-1] == outcome:
-                    share[tuple(path)] = share.get(tuple(path), 0.0) + weight
-            totals[f"valid_{name}"] += sum(w for p, w in share.items() if lab.world.valid(ingredients, list(p), outcome))
-            totals[f"distance_{name}"] += 1 - sum(min(w, math.exp(lab.world.log_posterior(ingredients, list(p))))
-                                                  for p, w in share.items())
-    return {name: total / len(places) for name, total in totals.items()}
+    marks = []
+    for (document, c), latents, after in zip(places, evidence.latents, weights.tolist()):
+        prefix, suffix = document.record["chunks"][0]["suffix"], document.record["chunks"][c]["suffix"]
+        thoughts = [lab.tokenizer.decode(latent) for latent in latents]
+        marks.append([*lab.world.grade(prefix, suffix, thoughts, [1 / len(thoughts)] * len(thoughts)),
+                      *lab.world.grade(prefix, suffix, thoughts, after)])
+    names = ("valid_before", "distance_before", "valid_after", "distance_after")
+    return {name: mean(column) for name, column in zip(names, zip(*marks))}
 
 
 # ---- the arms --------------------------------------------------------------------------------------------------
@@ -333,7 +329,7 @@ def loop_passes(lab: Lab) -> float:
     return json.loads(path.read_text())["passes"]
 
 
-RUN_ARM = {"em": lambda lab, arm: em(lab, arm, lab.config.sample.num_latents), "k1": lambda lab, arm: em(lab, arm, 1),
+RUN_ARM = {"warm": lambda lab, arm: warm_start(lab), "em": lambda lab, arm: em(lab, arm, lab.config.sample.num_latents), "k1": lambda lab, arm: em(lab, arm, 1),
            "k4": lambda lab, arm: em(lab, arm, 4), "oracle": oracle}
 
 
@@ -469,8 +465,7 @@ def floors(lab: Lab) -> str:
     guesses = {word: max(sorted(set(given)), key=given.count) for word, given in answers.items()}
     held_out = [document.record for document in lab.corpora["held_out"]]
     right = [guesses[record["text"].rsplit(";")[0].split()[-1]] == record["answer"] for record in held_out]
-    log_p = [lab.world.log_evidence(World.read_prefix(record["chunks"][0]["suffix"]),
-                                    SUBSTANCES.index(final_answer(record["chunks"][1]["suffix"]))) for record in held_out]
+    log_p = [lab.world.log_evidence_of(*(chunk["suffix"] for chunk in record["chunks"])) for record in held_out]
     return (f"Guessing from the last ingredient gives accuracy {mean(right):.3f}, where a hidden fact is needed "
             f"{mean(ok for ok, record in zip(right, held_out) if record['hidden']):.3f}. An ideal reader who knows the table "
             f"needs {-sum(log_p) / sum(observed_lengths(lab)):.3f} nats per observed token.")
@@ -491,7 +486,7 @@ def table(lab: Lab, records: dict[str, dict]) -> list[str]:
 
 def model_names(lab: Lab, records: dict) -> list[tuple[str, str]]:
     """(key, label) of every record, in the order of the table."""
-    names = [("warm", "warm start")]
+    names = []
     for arm, label in ARMS.items():
         if arm in ("em", "k1", "k4"):
             shown = range(1, lab.config.rounds + 1) if arm == "em" else [lab.config.rounds]
@@ -554,12 +549,9 @@ def main(argv=None) -> None:
     if two:
         torch.set_num_threads(max(1, os.cpu_count() // 2))
     ranks.say(f"{config.out}: {', '.join(f'{len(d)} {name}' for name, d in lab.corpora.items())} documents, {ranks.device}")
-    loop = [n for n in names if n in ("em", "k4", "raw_observed")], [n for n in names if n in BESIDE]
-    after = [n for n in names if n == "raw_total"], [n for n in names if n == "warm_long"]
-    work = Work(["warm", *loop[0], *after[0]] if two else ["warm", *names])
-    warm_start(lab)
-    work.finish("warm")
-    for mine, beside in (loop, after):
+    work = Work([name for mine, beside in PHASES for name in (mine if two else mine + beside) if name in names])
+    for mine, beside in PHASES:
+        mine, beside = [name for name in mine if name in names], [name for name in beside if name in names]
         process = start_beside(config, beside) if two else None
         run_arms(lab, mine if two else mine + beside, work)
         join_beside(process, config)

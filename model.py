@@ -81,10 +81,10 @@ class KVCache:
 # ---- the network -----------------------------------------------------------------------------------------------
 
 def rotary_table(config: GPTConfig) -> Tensor:
-    """cos and sin of position x frequency: (2, context, D / 2), float32."""
+    """cos and sin of position x frequency: (2, context + 1, D / 2), float32. The last position is for padding."""
     half = config.head_size // 2
     frequencies = config.rope_base ** (-torch.arange(half, dtype=torch.float32) / half)
-    angles = torch.arange(config.context, dtype=torch.float32)[:, None] * frequencies
+    angles = torch.arange(config.context + 1, dtype=torch.float32)[:, None] * frequencies
     return torch.stack([angles.cos(), angles.sin()])
 
 
@@ -199,12 +199,13 @@ class GPT(nn.Module):
         """(..., E) -> (..., V) float32."""
         return self.head(hidden).float()
 
-    def forward(self, ids: Tensor, targets: Tensor, document: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, targets: Tensor, document: Tensor | None = None,
+                cache: KVCache | None = None, positions: Tensor | None = None, slots: int = 0) -> Tensor:
         """log p(target | the tokens up to and with its position), (B, T) float32, nats; 0 where a target is negative.
 
-        ids, targets: (B, T) integers; targets[b, t] is what follows ids[b, t]. document: see `hidden`.
+        ids, targets: (B, T) integers; targets[b, t] is what follows ids[b, t]. The other arguments: see `hidden`.
         """
-        logits = self.logits(self.hidden(ids, document))                                              # (B, T, V)
+        logits = self.logits(self.hidden(ids, document, cache, positions, slots))                     # (B, T, V)
         nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten().clamp(min=-1), ignore_index=-1, reduction="none")
         return -nll.view(targets.shape)
 

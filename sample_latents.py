@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.layout import Document, Layout, encode_document, read_corpus
-from data.loader import score_sequences
+from data.layout import Document, Layout, Sequence, encode_document, read_corpus
+from data.loader import padded_batches
 from data.run import Ranks, open_run, option, parse_config, random_stream, script, start_ranks, write_jsonl
 from data.tokens import Tokenizer
 from model import GPT, KVCache, load_checkpoint
@@ -38,8 +38,8 @@ class SampleConfig:
     temperature: float = option(1.3, "of the proposal, which log_proposal counts; above 1 it explores more")
     max_latent_tokens: int = option(32, "a draw that is longer is unfinished: weight zero, never trained on")
     slots: int = option(512, "rows that decode together")
-    block_documents: int = option(320, "documents per block; a block is drawn, scored and written as one")
-    score_tokens: int = option(16384, "tokens per batch when scoring")
+    block_documents: int = option(1000, "documents per block; a block is drawn, scored and written as one")
+    score_tokens: int = option(4096, "tokens per batch when scoring")
     seed: int = option(0, "of the draws and of the choice among them")
 
     def __post_init__(self):
@@ -194,18 +194,45 @@ def score_joint(model: GPT, layout: Layout, places: list[Place], latents: list[l
                 batch_tokens: int) -> tuple[Tensor, int]:
     """log p(z, x | C) of K thoughts for each of N chunks, (N, K) float32 nats, and the tokens that went through the model.
 
-    Counts z, EOL and x, at temperature 1. Equal draws of a chunk are scored once.
+    Counts z, EOL and x, at temperature 1. C SOL PRIOR is prefilled once a chunk; equal draws of a chunk are scored once.
     """
-    order, sequences = {}, []
-    for n, (document, c) in enumerate(places):
-        for latent in latents[n]:
-            key = (n, tuple(latent))
-            if key not in order:
-                order[key] = len(sequences)
-                sequences.append(layout.joint(document, c, latent))
-    log_p = score_sequences(model, sequences, batch_tokens)
+    order, owners, sequences = {}, [], []
+    prompts = [layout.prior_prompt(*place) for place in places]
+    for n, place in enumerate(places):
+        for latent in map(tuple, latents[n]):
+            if (n, latent) not in order:
+                order[n, latent] = len(sequences)
+                owners.append(n)
+                sequences.append(layout.joint(*place, list(latent)).part(len(prompts[n]) - 1))
+    log_p = score_after_prompts(model, prompts, owners, sequences, batch_tokens)
     rows = [[order[n, tuple(latent)] for latent in draws] for n, draws in enumerate(latents)]
-    return log_p[torch.tensor(rows)], sum(len(sequence.ids) - 1 for sequence in sequences)
+    return log_p[torch.tensor(rows)], sum(map(len, prompts)) + sum(len(sequence.ids) - 1 for sequence in sequences)
+
+
+@torch.inference_mode()
+def score_after_prompts(model: GPT, prompts: list[list[int]], owners: list[int], sequences: list[Sequence],
+                        batch_tokens: int) -> Tensor:
+    """The log-probability of each sequence after the prompt `owners` gives it, (len(sequences),) float32 nats.
+
+    A sequence starts with the last token of its prompt. Padding stands in the slot after the context.
+    """
+    device, log_p = model.embedding.weight.device, torch.zeros(len(sequences))
+    check_room(model, prompts, 0)
+    prompt_cache = prefill(model, prompts)
+    starts, owners = torch.tensor([len(prompt) - 1 for prompt in prompts]), torch.tensor(owners)
+    for places, batch in padded_batches(sequences, batch_tokens):
+        batch, owner = batch.to(device), owners[places]
+        positions = starts[owner][:, None] + torch.arange(batch.ids.shape[1])                 # (B, T)
+        last = torch.tensor([len(sequences[place].ids) - 1 for place in places])[:, None]
+        if int((starts[owner][:, None] + last).max()) > model.config.context:
+            raise ValueError(f"a thought and its text do not fit the context of {model.config.context}; "
+                             "lower --max_latent_tokens or train with a larger --model.context")
+        positions = positions.clamp(max=model.config.context).to(device)
+        slots = int(positions.max()) + 1
+        cache = KVCache(model.config, len(places), max(slots, prompt_cache.keys.shape[3]), device)
+        cache.copy_rows(torch.arange(len(places), device=device), prompt_cache, owner.to(device))
+        log_p[places] = model(batch.ids, batch.targets, cache=cache, positions=positions, slots=slots).sum(dim=-1).cpu()
+    return log_p
 
 
 # ---- the estimator ---------------------------------------------------------------------------------------------

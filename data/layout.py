@@ -147,6 +147,10 @@ class Sequence:
         self.kinds += [kind] * len(ids)
         return self
 
+    def part(self, start: int) -> "Sequence":
+        """The sequence from a place on."""
+        return Sequence(self.ids[start:], self.kinds[start:])
+
 
 class Layout:
     """Builds every sequence of the project for one tokenizer."""

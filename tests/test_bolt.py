@@ -135,7 +135,7 @@ def test_thoughts_drawn_from_the_exact_posterior_are_near_it(lab):
     for document in lab.corpora["held_out"]:
         ingredients = lab.world.read_prefix(document.record["chunks"][0]["suffix"])
         if len(ingredients) == 3:
-            outcome = bolt.SUBSTANCES.index(final_answer(document.record["chunks"][1]["suffix"]))
+            outcome = lab.world.read_suffix(document.record["chunks"][1]["suffix"])
             paths = [[state, outcome] for state in range(10)]
             places.append((document, 1))
             latents.append([lab.tokenizer.encode(lab.world.write_thought(ingredients, path)) for path in paths])

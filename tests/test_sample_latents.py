@@ -12,6 +12,7 @@ import torch
 
 import sample_latents
 from data.layout import GIVEN, Layout, encode_document, read_corpus
+from data.loader import score_sequences
 from data.run import Ranks
 from data.tokens import tokenizer_for
 from model import save_checkpoint
@@ -197,7 +198,20 @@ def test_equal_draws_are_scored_once_and_alike(small):
     model, layout, place = small
     log_joint, tokens = score_joint(model, layout, [place], [[[0, 1], [2], [0, 1]]], 100)
     assert log_joint[0, 0] == log_joint[0, 2] != log_joint[0, 1]
-    assert tokens == len(layout.joint(*place, [0, 1]).ids) + len(layout.joint(*place, [2]).ids) - 2
+    assert tokens == len(layout.prior_prompt(*place)) + len([0, 1]) + len([2]) + 2 * 2      # EOL and x after each
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 20, 10 ** 6])
+def test_scoring_after_a_shared_prompt_equals_scoring_whole(documents, layout, batch_tokens):
+    """Ragged prompts, ragged thoughts, any batch: the sum over one uncached pass of BOS C SOL PRIOR z EOL x."""
+    model = random_model(layout.tokenizer.vocab_size, context=16)
+    places = [(documents[0], 1), (documents[1], 1), (documents[1], 0), (documents[3], 1)]
+    latents = [[[0], [1, 2, 3, 4, 0]], [[], [2, 2]], [[1], [1]], [[3, 3, 3], []]]
+    log_joint, _ = score_joint(model, layout, places, latents, batch_tokens)
+    whole = score_sequences(model, [layout.joint(*place, z) for place, draws in zip(places, latents) for z in draws], 100)
+    torch.testing.assert_close(log_joint, whole.view(4, 2), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="context of 16"):
+        score_joint(model, layout, places[:1], [[[0] * 12]], batch_tokens)
 
 
 def test_a_draw_depends_on_its_labels_only(small):

@@ -121,6 +121,29 @@ class World:
         well_formed = len(path) == len(ingredients) - 1 and cls.write_thought(ingredients, path) == text
         return path if well_formed else None
 
+    @staticmethod
+    def read_suffix(text: str) -> int:
+        return SUBSTANCES.index(WORDS.findall(text)[0])
+
+    # ---- marks for a model's thoughts, given as text
+
+    def log_evidence_of(self, prefix: str, suffix: str) -> float:
+        """log p(x | C) of a document as written, nats: what an ideal reader needs."""
+        return self.log_evidence(self.read_prefix(prefix), self.read_suffix(suffix))
+
+    def grade(self, prefix: str, suffix: str, thoughts: list[str], weights: list[float]) -> tuple[float, float]:
+        """Of weighed thoughts about a document: the weight that lies on valid ones, and the total variation distance to the
+        exact posterior. The weights add up to 1."""
+        ingredients, outcome = self.read_prefix(prefix), self.read_suffix(suffix)
+        share: dict[tuple[int, ...], float] = {}
+        for thought, weight in zip(thoughts, weights, strict=True):
+            path = self.read_thought(thought, ingredients)
+            if path is not None and path[-1] == outcome:
+                share[tuple(path)] = share.get(tuple(path), 0.0) + weight
+        valid = sum(weight for path, weight in share.items() if self.valid(ingredients, list(path), outcome))
+        overlap = sum(min(weight, np.exp(self.log_posterior(ingredients, list(path)))) for path, weight in share.items())
+        return valid, float(1 - overlap)
+
     # ---- the world as a file
 
     def to_json(self) -> str:
