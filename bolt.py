@@ -32,9 +32,10 @@ from tqdm import tqdm
 from data.alchemy.world import World
 from data.layout import Document, Layout, encode_document, read_corpus, texts_of
 from data.loader import score_sequences, training_batches
-from data.run import Ranks, open_run, option, parse_config, read_config, script, start_ranks, write_jsonl, write_whole
+from data.report import HeldOut, mean, models_table, per_unit, read_records, rounds_table, verdicts
+from data.run import Ranks, open_run, option, parse_config, script, start_ranks, write_whole
 from data.tokens import Tokenizer, tokenizer_for
-from model import GPT, GPTConfig, load_checkpoint
+from model import GPT
 from sample_latents import (Evidence, SampleConfig, e_step, generate, importance_bound, infer, places_to_infer,
                             vocabulary_mask)
 from train import TrainConfig, TrainState, train
@@ -68,6 +69,10 @@ class BoltConfig:
     checks: int = option(3, "times a baseline with the FLOPs of the whole loop is evaluated; its best counts")
     train: TrainConfig = option(TrainConfig(), "an M-step; see train.py")
     sample: SampleConfig = option(SampleConfig(), "an E-step; see sample_latents.py")
+
+    def __post_init__(self):
+        if self.train.seed or self.sample.seed:
+            raise ValueError("--train.seed and --sample.seed follow from --seed here; set that")
 
     @property
     def arm_names(self) -> list[str]:
@@ -243,8 +248,8 @@ def measured(lab: Lab, name: str, passes: float, score) -> None:
         record = {"passes": passes} | score()
         write_whole(path, json.dumps(record))
         known = f", hidden facts known {record['known']:.2f}" if "known" in record else ""
-        lab.ranks.say(f"  {name:24s} accuracy {mean(record['correct']):.3f}, {nats_per_token(lab, record['nll']):.3f} nats "
-                      f"per observed token{known}")
+        nats = per_unit(record["nll"], [observed_tokens(document) for document in lab.corpora["held_out"]])
+        lab.ranks.say(f"  {name:24s} accuracy {mean(record['correct']):.3f}, {nats:.3f} nats per observed token{known}")
     lab.ranks.barrier()
 
 
@@ -357,159 +362,60 @@ class Work:
 
 # ---- report ----------------------------------------------------------------------------------------------------
 
-def mean(values) -> float:
-    values = list(values)
-    return sum(values) / len(values) if values else math.nan
+def held_out_facts(lab: Lab) -> HeldOut:
+    documents = lab.corpora["held_out"]
+    observed = [[chunk for chunk in document.record["chunks"] if not chunk.get("given")] for document in documents]
+    return HeldOut([observed_tokens(document) for document in documents],
+                   [sum(len(chunk["suffix"].encode()) for chunk in chunks) for chunks in observed],
+                   [document.record.get("hidden") for document in documents])
 
 
-def gain(ours: list, theirs: list) -> tuple[float, float]:
-    """Mean and standard error of ours - theirs, document by document, where both are there."""
-    pairs = torch.tensor([a - b for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None],
-                         dtype=torch.float64)
-    return pairs.mean().item(), (pairs.std() / len(pairs) ** 0.5).item()
-
-
-def observed_lengths(lab: Lab) -> list[int]:
-    return [sum(len(chunk.suffix) for chunk in document.chunks if not chunk.given) for document in lab.corpora["held_out"]]
-
-
-def nats_per_token(lab: Lab, nll: list) -> float:
-    """Nats per observed token, over the documents whose nll is finite."""
-    pairs = [(value, length) for value, length in zip(nll, observed_lengths(lab)) if value is not None]
-    return sum(value for value, _ in pairs) / max(1, sum(length for _, length in pairs))
-
-
-def read_records(config: BoltConfig) -> dict[str, dict]:
-    """The evaluations in the run folder, {"em/round_1": ...}; of several on the way of a baseline, its best in each figure."""
-    records: dict[str, dict] = {}
-    for path in sorted(Path(config.out).glob("**/step_*.json")):
-        record = json.loads(path.read_text())
-        best = records.setdefault(str(path.parent.relative_to(config.out)), record)
-        best["passes"] = max(best["passes"], record["passes"])
-        best["known"] = max(best.get("known", 0.0), record.get("known", 0.0))
-        for name in ("correct", "correct_direct"):
-            best[name] = max(best[name], record[name], key=sum)
-        for name in ("nll", "nll_direct"):
-            best[name] = min(best[name], record[name], key=lambda nll: mean(x for x in nll if x is not None))
-    return records
-
-
-@dataclass(frozen=True)
-class Verdict:
-    claim: str
-    shown: bool
-    why: str
-
-
-def better(ours: list, theirs: list, errors: float = 3.0) -> tuple[bool, str]:
-    """Whether ours exceeds theirs by more than so many standard errors of the paired difference, and the figures."""
-    difference, error = gain(ours, theirs)
-    return difference > errors * error, f"{difference:+.3f} ± {error:.3f}"
-
-
-def negative(nll: list) -> list:
-    return [None if value is None else -value for value in nll]
-
-
-def verdicts(lab: Lab, records: dict[str, dict]) -> list[Verdict]:
-    """What the run shows, decided by rules fixed before any run; a claim whose arms did not run is left out.
-
-    A figure beats another where the mean of the paired differences over held-out documents exceeds three of its standard
-    errors. A round may not be worse than the one before by more than one standard error.
-    """
-    rounds = [records["warm"]] + [records[f"em/round_{t}"] for t in range(1, lab.config.rounds + 1)
-                                  if f"em/round_{t}" in records]
-    if len(rounds) == 1:
-        return []
-    last, found = rounds[-1], []
-    raws = [records[arm] for arm in ("raw_observed", "raw_m_step", "raw_total") if arm in records]
-    if raws:
-        accuracy = [better(last["correct"], raw["correct"]) for raw in raws]
-        nats = [better(negative(last["nll"]), negative(raw["nll"])) for raw in raws]
-        found.append(Verdict("C1 latents beat raw text at every budget", all(ok for ok, _ in accuracy + nats),
-                             f"accuracy {', '.join(text for _, text in accuracy)}; "
-                             f"nats per document {', '.join(text for _, text in nats)}"))
-    controls = [records[arm] for arm in ("warm", "warm_long", "gold_plus_raw") if arm in records]
-    if lab.world:
-        hidden = [better(only_hidden(lab, last), only_hidden(lab, control)) for control in controls]
-        found.append(Verdict("C2 EM learns what no gold thought states", all(ok for ok, _ in hidden),
-                             f"accuracy where a hidden fact is needed {', '.join(text for _, text in hidden)}; hidden facts "
-                             f"known {last['known']:.2f} against {max(control['known'] for control in controls):.2f}"))
-    steps = [(better(b["correct"], a["correct"], -1), better(negative(b["nll"]), negative(a["nll"]), -1))
-             for a, b in zip(rounds, rounds[1:])]
-    ends = better(last["correct"], rounds[0]["correct"]), better(negative(last["nll"]), negative(rounds[0]["nll"]))
-    found.append(Verdict("C3 rounds improve, in accuracy and in the bound",
-                         all(ok for pair in [*steps, ends] for ok, _ in pair),
-                         f"last against first: accuracy {ends[0][1]}, nats per document {ends[1][1]}; "
-                         f"each round: {', '.join(a for (_, a), _ in steps)}"))
-    for arm in ("k4", "k1"):
-        if f"{arm}/round_{lab.config.rounds}" in records and int(arm[1:]) < lab.config.sample.num_latents:
-            ok, text = better(last["correct"], records[f"{arm}/round_{lab.config.rounds}"]["correct"])
-            found.append(Verdict(f"C4 K = {lab.config.sample.num_latents} beats K = {arm[1:]}", ok, f"accuracy {text}"))
-    if lab.world:
-        shares = [(record["valid_before"], record["valid_after"]) for record in rounds]
-        found.append(Verdict("C5 resampling improves the thoughts, for every model", all(a < b for a, b in shares),
-                             "share of valid thoughts " + ", ".join(f"{a:.2f} -> {b:.2f}" for a, b in shares)))
-    return found
-
-
-def only_hidden(lab: Lab, record: dict) -> list[bool]:
-    return [ok for ok, document in zip(record["correct"], lab.corpora["held_out"]) if document.record["hidden"]]
+def observed_tokens(document: Document) -> int:
+    return sum(len(chunk.suffix) for chunk in document.chunks if not chunk.given)
 
 
 def floors(lab: Lab) -> str:
     """What can be had without learning, and what cannot be beaten."""
+    def last_ingredient(record: dict) -> str:
+        return record["chunks"][0]["suffix"].split(";")[0].split()[-1]
+
     answers: dict[str, list[str]] = {}
     for document in lab.corpora["gold"] + lab.corpora["raw"]:
-        answers.setdefault(document.record["text"].rsplit(";")[0].split()[-1], []).append(document.record["answer"])
+        answers.setdefault(last_ingredient(document.record), []).append(document.record["answer"])
     guesses = {word: max(sorted(set(given)), key=given.count) for word, given in answers.items()}
     held_out = [document.record for document in lab.corpora["held_out"]]
-    right = [guesses[record["text"].rsplit(";")[0].split()[-1]] == record["answer"] for record in held_out]
+    right = [guesses[last_ingredient(record)] == record["answer"] for record in held_out]
     log_p = [lab.world.log_evidence_of(*(chunk["suffix"] for chunk in record["chunks"])) for record in held_out]
     return (f"Guessing from the last ingredient gives accuracy {mean(right):.3f}, where a hidden fact is needed "
             f"{mean(ok for ok, record in zip(right, held_out) if record['hidden']):.3f}. An ideal reader who knows the table "
-            f"needs {-sum(log_p) / sum(observed_lengths(lab)):.3f} nats per observed token.")
+            f"needs {-sum(log_p) / sum(map(observed_tokens, lab.corpora['held_out'])):.3f} nats per observed token.")
 
 
-def table(lab: Lab, records: dict[str, dict]) -> list[str]:
-    """The Markdown table of all models; compute relative to the whole loop."""
-    loop = max((r["passes"] for name, r in records.items() if name.startswith("em/")), default=records["warm"]["passes"])
-    rows = ["| model | accuracy | needs a hidden fact | hidden facts known | accuracy without a thought | nats per token | "
-            "compute |", "|---|---|---|---|---|---|---|"]
-    for name, label in model_names(lab, records):
-        record = records[name]
-        hidden = f"{mean(only_hidden(lab, record)):.3f} | {record['known']:.2f}" if lab.world else " | "
-        rows.append(f"| {label} | {mean(record['correct']):.3f} | {hidden} | {mean(record['correct_direct']):.3f} | "
-                    f"{nats_per_token(lab, record['nll']):.3f} | {record['passes'] / loop:.2f} |")
-    return rows
-
-
-def model_names(lab: Lab, records: dict) -> list[tuple[str, str]]:
-    """(key, label) of every record, in the order of the table."""
-    names = []
+def model_labels(config: BoltConfig) -> dict[str, str]:
+    """Folder of each model -> its name in the table, in the order of the table."""
+    labels = {}
     for arm, label in ARMS.items():
-        if arm in ("em", "k1", "k4"):
-            shown = range(1, lab.config.rounds + 1) if arm == "em" else [lab.config.rounds]
-            label = f"EM, K = {lab.config.sample.num_latents}" if arm == "em" else label
-            names += [(f"{arm}/round_{t}", f"{label}, round {t}") for t in shown]
+        if arm == "em":
+            labels |= {f"em/round_{t}": f"EM, K = {config.sample.num_latents}, round {t}" for t in range(1, config.rounds + 1)}
         else:
-            names.append((arm, label))
-    return [(name, label) for name, label in names if name in records]
+            labels |= {f"{arm}/round_{config.rounds}": f"{label}, round {config.rounds}"} if arm in ("k1", "k4") else {arm: label}
+    return labels
 
 
 def report(lab: Lab) -> str:
-    """The text of report.md: the table, what it shows, and how it was made."""
-    config, records = lab.config, read_records(lab.config)
+    """The text of report.md: the tables, what they show, and how they were made."""
+    config, records, held_out = lab.config, read_records(lab.config.out), held_out_facts(lab)
     run = json.loads(Path(f"{config.out}/config.json").read_text())
-    lines = ["# nanoBoLT: EM over latent thoughts", "", *table(lab, records), ""]
+    lines = ["# nanoBoLT: EM over latent thoughts", "", *models_table(records, model_labels(config), held_out), ""]
     if lab.world:
         lines += [floors(lab), ""]
-    for verdict in verdicts(lab, records):
+    for verdict in verdicts(records, held_out, config.sample.num_latents):
         lines.append(f"* **{'shown' if verdict.shown else 'NOT SHOWN'}** {verdict.claim}: {verdict.why}")
-    lines += ["", f"Accuracy: greedy answers on {len(lab.corpora['held_out'])} held-out documents. Nats per token: exact for raw "
-              f"text, minus the {config.bound_draws}-sample bound for models that think. Compute: forward and backward passes, "
-              "E-steps counted, relative to the whole loop. Of a baseline that is evaluated several times its best figure "
-              "stands. ± is one standard error over documents.",
+    lines += ["", *rounds_table(records, held_out), "",
+              f"Accuracy: greedy answers on {len(held_out.tokens)} held-out documents. Nats per token, bits per byte: of the observed "
+              f"text, exact for raw models, minus the {config.bound_draws}-sample bound for models that think. Compute: forward "
+              "and backward passes, E-steps counted, relative to the whole loop. Of a baseline that is evaluated several times "
+              "its best figure stands. ± is one standard error over documents.",
               "", f"`{run['command']}` at commit {run['commit']}, seed {config.seed}, torch {torch.__version__}, "
               f"{lab.ranks.device}, {time.strftime('%Y-%m-%d')}"]
     return "\n".join(lines) + "\n"

@@ -21,8 +21,19 @@ def split(text: str, encoding: str) -> list[bytes]:
     """The tokens of a text, as bytes; joined they give the text back. A marker spelled out is text like any other."""
     if encoding == "words":
         return [word.encode() for word in WORD.findall(text)]
-    base = tiktoken.get_encoding(encoding)
+    base = load_encoding(encoding)
     return base.decode_tokens_bytes(base.encode_ordinary(text))
+
+
+def load_encoding(encoding: str) -> tiktoken.Encoding:
+    """One of tiktoken's encodings, which it downloads once. Raises ValueError where it is unknown or out of reach."""
+    if encoding not in tiktoken.list_encoding_names():
+        raise ValueError(f"--encoding {encoding} is unknown; use words, {', '.join(tiktoken.list_encoding_names())}")
+    try:
+        return tiktoken.get_encoding(encoding)
+    except OSError as error:
+        raise ValueError(f"tiktoken could not download --encoding {encoding} ({type(error).__name__}); set TIKTOKEN_CACHE_DIR "
+                         "to a folder that has its files, or use --encoding words") from None
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,4 @@ class Tokenizer:
 
 def tokenizer_for(texts, encoding: str) -> Tokenizer:
     """The tokenizer of a corpus: the encoding, reduced to the tokens that occur in the texts."""
-    if encoding != "words" and encoding not in tiktoken.list_encoding_names():
-        raise ValueError(f"--encoding {encoding} is unknown; use words, {', '.join(tiktoken.list_encoding_names())}")
     return Tokenizer(encoding, tuple(sorted({token for text in texts for token in split(text, encoding)})))

@@ -1,0 +1,173 @@
+"""The table and the verdicts of a bolt.py run, from the evaluations it left in its folder.
+
+A record is the evaluation of one model: `correct` and `nll` (nats) have an entry per held-out document, `passes` is what
+making the model took, in forward passes of a token. See `evaluate` in bolt.py.
+"""
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What the report knows of the held-out documents, an entry each: observed tokens and bytes, hidden facts needed
+    (None for corpora without)."""
+    tokens: list[int]
+    bytes: list[int]
+    hidden: list[int | None]
+
+
+# ---- statistics ------------------------------------------------------------------------------------------------
+
+def mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values) if values else math.nan
+
+
+def gain(ours: list, theirs: list) -> tuple[float, float]:
+    """Mean and standard error of ours - theirs, document by document, where both are there."""
+    pairs = np.array([float(a) - float(b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None])
+    return float(pairs.mean()), float(pairs.std(ddof=1) / len(pairs) ** 0.5)
+
+
+def better(ours: list, theirs: list, errors: float = 3.0) -> tuple[bool, str]:
+    """Whether ours exceeds theirs by more than so many standard errors of the paired difference, and the figures."""
+    difference, error = gain(ours, theirs)
+    return difference > errors * error, f"{difference:+.3f} ± {error:.3f}"
+
+
+def per_unit(nll: list, units: list[int]) -> float:
+    """Nats per token, or per byte, over the documents whose nll is finite."""
+    pairs = [(value, unit) for value, unit in zip(nll, units) if value is not None]
+    return sum(value for value, _ in pairs) / max(1, sum(unit for _, unit in pairs))
+
+
+def negative(nll: list) -> list:
+    return [None if value is None else -value for value in nll]
+
+
+def where_hidden(record: dict, held_out: HeldOut) -> list[bool]:
+    """Right or wrong on the documents that need a hidden fact."""
+    return [right for right, hidden in zip(record["correct"], held_out.hidden) if hidden]
+
+
+# ---- records ---------------------------------------------------------------------------------------------------
+
+def read_records(out: str) -> dict[str, dict]:
+    """The evaluations in a run folder, {"em/round_1": ...}; of several on the way of a baseline, its best in each figure."""
+    records: dict[str, dict] = {}
+    for path in sorted(Path(out).glob("**/step_*.json")):
+        record = json.loads(path.read_text())
+        best = records.setdefault(str(path.parent.relative_to(out)), record)
+        best["passes"] = max(best["passes"], record["passes"])
+        best["known"] = max(best.get("known", 0.0), record.get("known", 0.0))
+        for name in ("correct", "correct_direct"):
+            best[name] = max(best[name], record[name], key=sum)
+        for name in ("nll", "nll_direct"):
+            best[name] = min(best[name], record[name], key=lambda nll: mean(x for x in nll if x is not None))
+    return records
+
+
+def rounds_of(records: dict[str, dict]) -> list[dict]:
+    """Warm start, round 1, round 2, ..."""
+    names = sorted((name for name in records if name.startswith("em/")), key=lambda name: int(name.split("_")[1]))
+    return [records[name] for name in ["warm", *names]]
+
+
+# ---- verdicts --------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Verdict:
+    claim: str
+    shown: bool
+    why: str
+
+
+def verdicts(records: dict[str, dict], held_out: HeldOut, num_latents: int) -> list[Verdict]:
+    """What the run shows, decided by rules fixed before any run; a claim whose arms did not run is left out.
+
+    A figure beats another where the mean of the paired differences over held-out documents exceeds three of its standard
+    errors. A round may not be worse than the one before by more than one standard error.
+    """
+    rounds = rounds_of(records)
+    if len(rounds) == 1:
+        return []
+    last, found = rounds[-1], []
+    raws = [records[arm] for arm in ("raw_observed", "raw_m_step", "raw_total") if arm in records]
+    if raws:
+        found.append(beats_all("C1 latents beat raw text at every budget", last, raws))
+    controls = [records[arm] for arm in ("warm", "warm_long", "gold_plus_raw") if arm in records]
+    if any(held_out.hidden):
+        found.append(learns_hidden_facts(last, controls, held_out))
+    found.append(rounds_improve(rounds))
+    for arm in sorted(name for name in records if name.startswith(("k1/", "k4/"))):
+        draws = int(arm[1])
+        if arm.endswith(f"round_{len(rounds) - 1}") and draws < num_latents:
+            ok, text = better(last["correct"], records[arm]["correct"])
+            found.append(Verdict(f"C4 K = {num_latents} beats K = {draws}", ok, f"accuracy {text}"))
+    if "valid_before" in last:
+        shares = [(record["valid_before"], record["valid_after"]) for record in rounds]
+        found.append(Verdict("C5 resampling improves the thoughts, for every model", all(a < b for a, b in shares),
+                             "share of valid thoughts " + ", ".join(f"{a:.2f} -> {b:.2f}" for a, b in shares)))
+    return found
+
+
+def beats_all(claim: str, ours: dict, others: list[dict]) -> Verdict:
+    accuracy = [better(ours["correct"], other["correct"]) for other in others]
+    nats = [better(negative(ours["nll"]), negative(other["nll"])) for other in others]
+    return Verdict(claim, all(ok for ok, _ in accuracy + nats), f"accuracy {', '.join(text for _, text in accuracy)}; "
+                   f"nats per document {', '.join(text for _, text in nats)}")
+
+
+def learns_hidden_facts(last: dict, controls: list[dict], held_out: HeldOut) -> Verdict:
+    hidden = [better(where_hidden(last, held_out), where_hidden(control, held_out)) for control in controls]
+    return Verdict("C2 EM learns what no gold thought states", all(ok for ok, _ in hidden),
+                   f"accuracy where a hidden fact is needed {', '.join(text for _, text in hidden)}; hidden facts known "
+                   f"{last['known']:.2f} against {max(control['known'] for control in controls):.2f}")
+
+
+def rounds_improve(rounds: list[dict]) -> Verdict:
+    steps = [better(b["correct"], a["correct"], -1) for a, b in zip(rounds, rounds[1:])]
+    bounds = [better(negative(b["nll"]), negative(a["nll"]), -1) for a, b in zip(rounds, rounds[1:])]
+    ends = [better(rounds[-1]["correct"], rounds[0]["correct"]), better(negative(rounds[-1]["nll"]), negative(rounds[0]["nll"]))]
+    return Verdict("C3 rounds improve, in accuracy and in the bound", all(ok for ok, _ in [*steps, *bounds, *ends]),
+                   f"last against first: accuracy {ends[0][1]}, nats per document {ends[1][1]}; "
+                   f"each round: accuracy {', '.join(text for _, text in steps)}, nats {', '.join(text for _, text in bounds)}")
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------
+
+def models_table(records: dict[str, dict], labels: dict[str, str], held_out: HeldOut) -> list[str]:
+    """Markdown: all models; compute relative to the whole loop."""
+    loop, has_hidden = rounds_of(records)[-1]["passes"], any(held_out.hidden)
+    rows = ["| model | accuracy | " + "needs a hidden fact | hidden facts known | " * has_hidden
+            + "without a thought | nats per token | bits per byte | compute |", "|---" * (6 + 2 * has_hidden) + "|"]
+    for name, label in labels.items():
+        if name in records:
+            record = records[name]
+            hidden = f"{mean(where_hidden(record, held_out)):.3f} | {record['known']:.2f} | " if has_hidden else ""
+            rows.append(f"| {label} | {mean(record['correct']):.3f} | {hidden}{mean(record['correct_direct']):.3f} | "
+                        f"{per_unit(record['nll'], held_out.tokens):.3f} | "
+                        f"{per_unit(record['nll'], held_out.bytes) / math.log(2):.3f} | {record['passes'] / loop:.2f} |")
+    return rows
+
+
+def rounds_table(records: dict[str, dict], held_out: HeldOut) -> list[str]:
+    """Markdown: thoughts on held-out documents, by round, and the E-step that led to each model."""
+    last, graded = rounds_of(records)[-1], "valid_before" in rounds_of(records)[-1]
+    largest = max(int(name.split("_")[1]) for name in last if name.startswith("bound_"))
+    rows = [f"| round | nats per token: elbo | K = 4 | K = {largest} | no thought | " + "valid thoughts | distance to the posterior | " * graded
+            + "E-step: ess | unfinished | tokens of a thought |", "|---" * (8 + 2 * graded) + "|"]
+    for number, record in enumerate(rounds_of(records)):
+        chunk_tokens = mean(held_out.tokens)
+        nats = [record["elbo_finished"], record.get("bound_4", math.nan), record[f"bound_{largest}"]]
+        marks = (f"{record['valid_before']:.2f} -> {record['valid_after']:.2f} | "
+                 f"{record['distance_before']:.2f} -> {record['distance_after']:.2f} | ") if graded else ""
+        step = record.get("e_step")
+        drawn = f"{step['ess']:.1f} | {step['unfinished']:.3f} | {step['latent_tokens']:.1f} |" if step else "| | |"
+        rows.append(f"| {number or 'warm start'} | {' | '.join(f'{-x / chunk_tokens:.3f}' for x in nats)} | "
+                    f"{per_unit(record['nll_direct'], held_out.tokens):.3f} | {marks}{drawn}")
+    return rows

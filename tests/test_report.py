@@ -1,0 +1,47 @@
+"""Laws of report.py: verdicts follow from the records, differences are paired, the best of a baseline counts."""
+import json
+
+import pytest
+
+from data.report import HeldOut, better, gain, per_unit, read_records, verdicts
+
+
+def test_verdicts_follow_from_the_records():
+    """Clearly better rounds are shown, a round that falls back is not, and a strong control takes C2 away."""
+    def record(right, nll, known=0.0, before=0.2, after=0.5):
+        return {"correct": [i < right for i in range(20)], "correct_direct": [False] * 20, "nll": [nll + 0.01 * (i % 3) for i in range(20)],
+                "nll_direct": [nll] * 20, "passes": 1.0, "known": known, "valid_before": before, "valid_after": after}
+
+    held_out = HeldOut(tokens=[2] * 20, bytes=[5] * 20, hidden=[1] * 20)
+    records = {"warm": record(2, 3.0), "em/round_1": record(10, 2.0), "em/round_2": record(20, 1.0, known=1.0), "raw_total": record(4, 2.5),
+               "k1/round_2": record(3, 2.8), "warm_long": record(3, 3.0), "gold_plus_raw": record(3, 3.0)}
+    assert all(verdict.shown for verdict in verdicts(records, held_out, 16))
+    assert [v.claim[:2] for v in verdicts(records, held_out, 16)] == ["C1", "C2", "C3", "C4", "C5"]
+
+    def shown(changed):
+        return {verdict.claim[:2]: verdict.shown for verdict in verdicts(records | changed, held_out, 16)}
+    assert not shown({"em/round_1": record(1, 4.0)})["C3"]
+    assert not shown({"raw_total": record(20, 0.5)})["C1"]
+    assert not shown({"gold_plus_raw": record(20, 1.0)})["C2"]
+    assert not shown({"k1/round_2": record(20, 1.0)})["C4"]
+    assert not shown({"em/round_1": record(10, 2.0, before=0.5, after=0.4)})["C5"]
+    assert verdicts({"warm": record(2, 3.0)}, held_out, 16) == []
+
+
+def test_a_gain_is_paired_and_needs_three_standard_errors():
+    assert gain([2.0, 3.0, None], [1.0, 1.0, 5.0]) == (pytest.approx(1.5), pytest.approx(0.5))
+    assert better([True] * 50, [False] * 10 + [True] * 40)[0] and not better([True, False] * 25, [False, True] * 25)[0]
+
+
+def test_nats_per_token_leave_out_what_is_not_finite():
+    assert per_unit([4.0, None, 2.0], [2, 5, 1]) == pytest.approx(2.0)
+
+
+def test_of_a_baseline_on_its_way_the_best_figure_of_each_kind_counts(tmp_path):
+    folder = tmp_path / "warm_long"
+    folder.mkdir()
+    for name, right, nll in (("step_5", [True, True], 3.0), ("step_last", [True, False], 1.0)):
+        (folder / f"{name}.json").write_text(json.dumps({"passes": 10.0 * (name == "step_last") + 5, "known": nll / 10, "correct": right,
+                                                         "correct_direct": right, "nll": [nll, None], "nll_direct": [nll, nll]}))
+    best = read_records(str(tmp_path))["warm_long"]
+    assert best["correct"] == [True, True] and best["nll"] == [1.0, None] and best["known"] == 0.3 and best["passes"] == 15.0
