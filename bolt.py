@@ -5,7 +5,7 @@
         latents = e_step(model, raw)                     K thoughts a chunk from q(z | x, C), one kept by p(z, x | C) / q
         model   = train(latents, from=warm start)        fit p(z, x) and q(z | x) on text with the thoughts inserted
 
-    python bolt.py                                       the embedded corpus, every baseline, a table: about 4 minutes
+    python bolt.py                                       the embedded corpus, every baseline, a table: about 5 minutes
     python bolt.py --seed 1 --out runs/seed1             another table of reactions and other documents
     python bolt.py --arms em --rounds 3                  only what you name
     python bolt.py --data data/gsm8k --encoding gpt2     a prepared corpus: FOLDER/{gold,raw,held_out}.jsonl
@@ -272,12 +272,12 @@ def em(lab: Lab, arm: str, num_latents: int) -> None:
     for t in tqdm(range(1, lab.config.rounds + 1), desc=f"{arm} rounds", leave=False, disable=not lab.ranks.main):
         name = f"{arm}/round_{t}"
         out = f"{lab.config.out}/{name}/latents.jsonl"
-        summary = e_step(model, lab.tokenizer, lab.corpora["raw"], sample, t, out, lab.ranks)         # z ~ q, kept by p / q
+        summary = e_step(model, lab.tokenizer, lab.corpora["raw"], sample, t, out, lab.ranks)     # z ~ q, kept by p / q
         latents = encode_corpus(read_corpus(out), lab.tokenizer)
-        model, state = fit(lab, latents, m_step(lab, t), name, base)                                  # fit p(z, x), q(z | x)
+        model, state = fit(lab, latents, m_step(lab, t), name, base)                              # fit p(z, x), q(z | x)
         passes += summary["prefilled_tokens"] + summary["sampled_tokens"] + summary["scored_tokens"] + 3 * state.tokens
         weigh = arm == "em" or t == lab.config.rounds
-        measured(lab, f"{name}/step_last", passes, lambda: {"e_step": summary} | evaluate(lab, model, True, weigh))
+        measured(lab, f"{name}/step_last", passes, lambda: {"e_step": summary} | evaluate(lab, model, thinks=True, weigh=weigh))
 
 
 def m_step(lab: Lab, round: int) -> TrainConfig:
@@ -287,35 +287,44 @@ def m_step(lab: Lab, round: int) -> TrainConfig:
 def baseline(lab: Lab, arm: str) -> None:
     """Train one of the models without an E-step for its budget, evaluated `checks` times on the way where it is long.
 
-    gold_plus_raw goes on from the warm start, as every M-step does, for as many steps as all M-steps together.
+    gold_plus_raw goes on from the warm start, as every M-step does; the others are fresh.
     """
-    gold, raw, loop = lab.corpora["gold"], lab.corpora["raw"], lab.config.warm_steps + lab.config.train.steps
+    gold, raw = lab.corpora["gold"], lab.corpora["raw"]
     documents, thinks = {"gold_plus_raw": (gold + raw, True), "warm_long": (gold, True)}.get(arm, (raw, False))
     config = replace(m_step(lab, 0), plain_as="no_thought" if arm == "gold_plus_raw" else "plain")
+    steps = steps_of_budget(lab, arm, documents, config)
+    checks = 1 if arm in ("raw_observed", "raw_m_step") else lab.config.checks
+    config = replace(config, steps=steps, checkpoint_every=math.ceil(steps / checks))
     base, state = warm_start(lab) if arm == "gold_plus_raw" else (None, TrainState())
     before = 3 * state.tokens
-    tokens, observed = per_step(lab, documents, config)
-    loop_tokens, loop_observed = per_step(lab, gold, config)
-    steps = {"raw_observed": lambda: loop * loop_observed / observed,
-             "raw_m_step": lambda: loop * loop_tokens / tokens,
-             "gold_plus_raw": lambda: lab.config.rounds * lab.config.train.steps,
-             "raw_total": lambda: loop_passes(lab) / 3 / tokens, "warm_long": lambda: loop_passes(lab) / 3 / tokens}
-    steps = round(steps[arm]())
-    checks = 1 if arm in ("raw_observed", "raw_m_step") else lab.config.checks
 
     def check(model, state):
         last = state.step == steps
         measured(lab, f"{arm}/step_{'last' if last else state.step}", before + 3 * state.tokens,
                  lambda: evaluate(lab, model, thinks, weigh=last))
 
-    fit(lab, documents, replace(config, steps=steps, checkpoint_every=math.ceil(steps / checks)), arm, base, check)
+    fit(lab, documents, config, arm, base, check)
 
 
-def oracle(lab: Lab, arm: str) -> None:
+def steps_of_budget(lab: Lab, arm: str, documents: list[Document], config: TrainConfig) -> int:
+    """Optimizer steps that a baseline gets: of one trained model (warm start and an M-step), or of the whole loop."""
+    one_model = lab.config.warm_steps + lab.config.train.steps
+    tokens, observed = per_step(lab, documents, config)
+    gold_tokens, gold_observed = per_step(lab, lab.corpora["gold"], config)
+    if arm == "raw_observed":
+        return round(one_model * gold_observed / observed)
+    if arm == "raw_m_step":
+        return round(one_model * gold_tokens / tokens)
+    if arm == "gold_plus_raw":
+        return lab.config.rounds * lab.config.train.steps       # as many as all M-steps together
+    return round(loop_passes(lab) / 3 / tokens)                 # raw_total, warm_long
+
+
+def oracle(lab: Lab) -> None:
     """An M-step on the true thoughts: the ceiling of what any E-step could reach."""
     base, _ = warm_start(lab)
-    model, state = fit(lab, lab.corpora["oracle"], m_step(lab, 0), arm, base)
-    measured(lab, f"{arm}/step_last", 3 * state.tokens, lambda: evaluate(lab, model, thinks=True))
+    model, state = fit(lab, lab.corpora["oracle"], m_step(lab, 0), "oracle", base)
+    measured(lab, "oracle/step_last", 3 * state.tokens, lambda: evaluate(lab, model, thinks=True))
 
 
 def per_step(lab: Lab, documents: list[Document], config: TrainConfig) -> tuple[float, float]:
@@ -334,15 +343,22 @@ def loop_passes(lab: Lab) -> float:
     return json.loads(path.read_text())["passes"]
 
 
-RUN_ARM = {"warm": lambda lab, arm: warm_start(lab), "em": lambda lab, arm: em(lab, arm, lab.config.sample.num_latents), "k1": lambda lab, arm: em(lab, arm, 1),
-           "k4": lambda lab, arm: em(lab, arm, 4), "oracle": oracle}
+def run_arm(lab: Lab, arm: str) -> None:
+    if arm == "warm":
+        warm_start(lab)
+    elif arm in ("em", "k1", "k4"):
+        em(lab, arm, lab.config.sample.num_latents if arm == "em" else int(arm[1:]))
+    elif arm == "oracle":
+        oracle(lab)
+    else:
+        baseline(lab, arm)
 
 
 def run_arms(lab: Lab, names: list[str], work: "Work") -> None:
     for name in names:
         if name != "oracle" or name in lab.corpora:
             lab.ranks.say(f"{ARMS[name]} [{name}]{work.left()}")
-            RUN_ARM.get(name, baseline)(lab, name)
+            run_arm(lab, name)
         work.finish(name)
 
 

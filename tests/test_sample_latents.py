@@ -6,6 +6,10 @@ up to two words can be listed with their exact probabilities.
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -308,6 +312,18 @@ def test_ranks_divide_the_blocks_and_write_the_same_bytes(stage):
         e_step(model, tokenizer, documents, config, 1, out, Silent(1, 2, torch.device("cpu")))
     assert len(list((stage / "two.jsonl.parts").iterdir())) == 2
     e_step(model, tokenizer, documents, config, 1, out, Silent(0, 2, torch.device("cpu")))
+    assert (stage / "two.jsonl").read_bytes() == whole
+
+
+@pytest.mark.slow
+def test_two_gloo_processes_write_the_same_bytes(stage):
+    """torchrun over two processes, one thread each: the file of one process."""
+    whole = run_main(stage, "whole.jsonl")
+    flags = ["--checkpoint", "ckpt.pt", "--data", "corpus.jsonl", "--out", "two.jsonl", "--device", "cpu", "--num_latents", "4",
+             "--max_latent_tokens", "6", "--block_documents", "7"]
+    script = str(Path(sample_latents.__file__))
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *flags],
+                   cwd=stage, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert (stage / "two.jsonl").read_bytes() == whole
 
 
