@@ -32,7 +32,7 @@ from tqdm import tqdm
 from data.alchemy.world import World
 from data.layout import Document, Layout, encode_document, read_corpus, texts_of
 from data.loader import score_sequences, training_batches
-from data.report import HeldOut, mean, models_table, per_unit, read_records, rounds_table, verdicts
+from data.report import HeldOut, mean, model_rows, models_table, per_unit, read_records, rounds_table, verdicts
 from data.run import Ranks, open_run, option, parse_config, script, start_ranks, write_whole
 from data.tokens import Tokenizer, tokenizer_for
 from model import GPT
@@ -108,7 +108,7 @@ def open_lab(config: BoltConfig, ranks: Ranks) -> Lab:
         subprocess.run([sys.executable, prepare, "--out", folder, "--seed", str(config.seed)], check=True)
     ranks.barrier()
     paths = {name: folder / f"{name}.jsonl" for name in ("gold", "raw", "held_out", "probes", "oracle")}
-    records = {name: read_corpus(path) for name, path in paths.items() if name in paths and
+    records = {name: read_corpus(str(path)) for name, path in paths.items() if name in paths and
                (path.exists() or name in ("gold", "raw", "held_out"))}
     tokenizer = tokenizer_for(texts_of(record for part in records.values() for record in part), config.encoding)
     corpora = {name: encode_corpus(part, tokenizer) for name, part in records.items()}
@@ -419,10 +419,11 @@ def model_labels(config: BoltConfig) -> dict[str, str]:
 
 
 def report(lab: Lab) -> str:
-    """The text of report.md: the tables, what they show, and how they were made."""
+    """Write report.json (the figures of every model) and report.md: the tables, what they show, how they were made."""
     config, records, held_out = lab.config, read_records(lab.config.out), held_out_facts(lab)
     run = json.loads(Path(f"{config.out}/config.json").read_text())
-    lines = ["# nanoBoLT: EM over latent thoughts", "", *models_table(records, model_labels(config), held_out), ""]
+    rows = model_rows(records, model_labels(config), held_out)
+    lines = ["# nanoBoLT: EM over latent thoughts", "", *models_table([rows]), ""]
     if lab.world:
         lines += [floors(lab), ""]
     for verdict in verdicts(records, held_out, config.sample.num_latents):
@@ -434,7 +435,9 @@ def report(lab: Lab) -> str:
               "its best figure stands. ± is one standard error over documents.",
               "", f"`{run['command']}` at commit {run['commit']}, seed {config.seed}, torch {torch.__version__}, "
               f"{lab.ranks.device}, {time.strftime('%Y-%m-%d')}"]
-    return "\n".join(lines) + "\n"
+    write_whole(f"{config.out}/report.json", json.dumps(rows, indent=1) + "\n")
+    write_whole(f"{config.out}/report.md", "\n".join(lines) + "\n")
+    return "\n".join(lines)
 
 
 # ---- main ------------------------------------------------------------------------------------------------------
@@ -465,8 +468,8 @@ def join_beside(process: subprocess.Popen | None, config: BoltConfig) -> None:
 def main(argv=None) -> None:
     config = parse_config(BoltConfig(), argv, __doc__)
     names, ranks = config.arm_names, start_ranks(config.device)
-    open_run(config.out, config, ranks)
     lab = open_lab(config, ranks)
+    open_run(config.out, config, ranks)
     two = config.processes == 2 or config.processes == 0 and ranks.world == 1 and ranks.device.type == "cpu" and os.cpu_count() > 1
     if two:
         torch.set_num_threads(max(1, os.cpu_count() // 2))
@@ -478,9 +481,7 @@ def main(argv=None) -> None:
         run_arms(lab, mine if two else mine + beside, work)
         join_beside(process, config)
     if ranks.main:
-        text = report(lab)
-        write_whole(f"{config.out}/report.md", text)
-        ranks.say(f"\n{text}\n{config.out}/report.md, after {time.time() - work.start:.0f} s")
+        ranks.say(f"\n{report(lab)}\n\n{config.out}/report.md, after {time.time() - work.start:.0f} s")
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def encode_document(index: int, record: dict, tokenizer: Tokenizer, chunk_tokens
 def read_corpus(path: str) -> list[dict]:
     """The lines of a corpus, checked against the data contract. Raises FileNotFoundError, ValueError with file:line."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"no corpus at {path!r}; python data/alchemy/prepare.py makes one")
+        raise FileNotFoundError(f"no corpus at {path}; python data/alchemy/prepare.py makes the embedded one")
     records = []
     with open(path, encoding="utf-8", newline="\n") as file:
         for number, line in enumerate(file, start=1):

@@ -1,10 +1,13 @@
 """The table and the verdicts of a bolt.py run, from the evaluations it left in its folder.
 
+    python -m data.report runs/seed0 runs/seed1 runs/seed2        the table over several runs: mean ± standard error
+
 A record is the evaluation of one model: `correct` and `nll` (nats) have an entry per held-out document, `passes` is what
 making the model took, in forward passes of a token. See `evaluate` in bolt.py.
 """
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,19 +143,32 @@ def rounds_improve(rounds: list[dict]) -> Verdict:
 
 # ---- tables ----------------------------------------------------------------------------------------------------
 
-def models_table(records: dict[str, dict], labels: dict[str, str], held_out: HeldOut) -> list[str]:
-    """Markdown: all models; compute relative to the whole loop."""
-    loop, has_hidden = rounds_of(records)[-1]["passes"], any(held_out.hidden)
-    rows = ["| model | accuracy | " + "needs a hidden fact | hidden facts known | " * has_hidden
-            + "without a thought | nats per token | bits per byte | compute |", "|---" * (6 + 2 * has_hidden) + "|"]
+def model_rows(records: dict[str, dict], labels: dict[str, str], held_out: HeldOut) -> dict[str, dict[str, float]]:
+    """The figures of every model, by its label; compute relative to the whole loop."""
+    loop, rows = rounds_of(records)[-1]["passes"], {}
     for name, label in labels.items():
         if name in records:
             record = records[name]
-            hidden = f"{mean(where_hidden(record, held_out)):.3f} | {record['known']:.2f} | " if has_hidden else ""
-            rows.append(f"| {label} | {mean(record['correct']):.3f} | {hidden}{mean(record['correct_direct']):.3f} | "
-                        f"{per_unit(record['nll'], held_out.tokens):.3f} | "
-                        f"{per_unit(record['nll'], held_out.bytes) / math.log(2):.3f} | {record['passes'] / loop:.2f} |")
+            row = {"accuracy": mean(record["correct"])}
+            if any(held_out.hidden):
+                row |= {"needs a hidden fact": mean(where_hidden(record, held_out)), "hidden facts known": record["known"]}
+            rows[label] = row | {"without a thought": mean(record["correct_direct"]),
+                                 "nats per token": per_unit(record["nll"], held_out.tokens),
+                                 "bits per byte": per_unit(record["nll"], held_out.bytes) / math.log(2),
+                                 "compute": record["passes"] / loop}
     return rows
+
+
+def models_table(runs: list[dict[str, dict[str, float]]]) -> list[str]:
+    """Markdown: the figures of one run, or the means over several (each one's model_rows) and their standard errors."""
+    columns = list(runs[0]["warm start on gold"])
+    lines = [f"| model | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for label in runs[0]:
+        values = np.array([[run[label][column] for column in columns] for run in runs])
+        errors = values.std(axis=0, ddof=1) / len(runs) ** 0.5 if len(runs) > 1 else [None] * len(columns)
+        cells = [f"{value:.3f}" + (f" ± {error:.3f}" if error is not None else "") for value, error in zip(values.mean(axis=0), errors)]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return lines
 
 
 def rounds_table(records: dict[str, dict], held_out: HeldOut) -> list[str]:
@@ -160,7 +176,7 @@ def rounds_table(records: dict[str, dict], held_out: HeldOut) -> list[str]:
     last, graded = rounds_of(records)[-1], "valid_before" in rounds_of(records)[-1]
     largest = max(int(name.split("_")[1]) for name in last if name.startswith("bound_"))
     rows = [f"| round | nats per token: elbo | K = 4 | K = {largest} | no thought | " + "valid thoughts | distance to the posterior | " * graded
-            + "E-step: ess | unfinished | tokens of a thought |", "|---" * (8 + 2 * graded) + "|"]
+            + "E-step: ess | unfinished | thought tokens |", "|---" * (8 + 2 * graded) + "|"]
     for number, record in enumerate(rounds_of(records)):
         chunk_tokens = mean(held_out.tokens)
         nats = [record["elbo_finished"], record.get("bound_4", math.nan), record[f"bound_{largest}"]]
@@ -171,3 +187,15 @@ def rounds_table(records: dict[str, dict], held_out: HeldOut) -> list[str]:
         rows.append(f"| {number or 'warm start'} | {' | '.join(f'{-x / chunk_tokens:.3f}' for x in nats)} | "
                     f"{per_unit(record['nll_direct'], held_out.tokens):.3f} | {marks}{drawn}")
     return rows
+
+
+def main(folders: list[str]) -> None:
+    """Print the table over finished runs; each left its figures in report.json."""
+    missing = [folder for folder in folders if not Path(folder, "report.json").exists()]
+    if missing or not folders:
+        sys.exit(f"error: no report.json in {', '.join(missing) or 'no folder'}; name folders of finished runs of bolt.py")
+    print("\n".join(models_table([json.loads(Path(folder, "report.json").read_text()) for folder in folders])))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from data.report import HeldOut, better, gain, per_unit, read_records, verdicts
+from data.report import HeldOut, better, gain, main, per_unit, read_records, verdicts
 
 
 def test_verdicts_follow_from_the_records():
@@ -45,3 +45,13 @@ def test_of_a_baseline_on_its_way_the_best_figure_of_each_kind_counts(tmp_path):
                                                          "correct_direct": right, "nll": [nll, None], "nll_direct": [nll, nll]}))
     best = read_records(str(tmp_path))["warm_long"]
     assert best["correct"] == [True, True] and best["nll"] == [1.0, None] and best["known"] == 0.3 and best["passes"] == 15.0
+
+
+def test_the_table_over_runs_has_means_and_standard_errors(tmp_path, capsys):
+    for name, accuracy in (("a", 0.2), ("b", 0.4)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps({"warm start on gold": {"accuracy": accuracy}}))
+    main([str(tmp_path / "a"), str(tmp_path / "b")])
+    assert "| warm start on gold | 0.300 ± 0.100 |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no report.json"):
+        main([str(tmp_path / "c")])
