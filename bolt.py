@@ -21,23 +21,24 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tqdm import tqdm
 
 from data.alchemy.world import World
-from data.layout import Document, Layout, encode_document, read_corpus, texts_of
+from data.layout import Document, Layout, encode_corpus, read_corpus, texts_of
 from data.loader import score_sequences, training_batches
 from data.report import HeldOut, mean, model_rows, models_table, per_unit, read_records, rounds_table, verdicts
 from data.run import Ranks, open_run, option, parse_config, script, start_ranks, write_whole
 from data.tokens import Tokenizer, tokenizer_for
 from model import GPT
-from sample_latents import (Evidence, SampleConfig, e_step, generate, importance_bound, infer, places_to_infer,
-                            vocabulary_mask)
+from sample_latents import Evidence, Place, SampleConfig, e_step, generate, importance_bound, infer, vocabulary_mask
 from train import TrainConfig, TrainState, train
 
 # ---- config ----------------------------------------------------------------------------------------------------
@@ -63,7 +64,7 @@ class BoltConfig:
     rounds: int = option(5, "EM rounds")
     warm_steps: int = option(800, "optimizer steps of the warm start, on gold documents alone")
     arms: str = option("all", f"what to run, a list with commas: all, study (all and k4), or of {', '.join(ARMS)}")
-    processes: int = option(0, "2: baselines run beside the loop in a second process; 0: 2 on a CPU with two cores")
+    processes: Literal[0, 1, 2] = option(0, "2: baselines run beside the loop in a second process; 0: 2 on a CPU with two cores")
     device: str = option("auto", "auto, cpu, cuda or mps")
     bound_draws: int = option(16, "thoughts a chunk for the K-sample bound on held-out documents, for every model")
     checks: int = option(3, "times a baseline with the FLOPs of the whole loop is evaluated; its best counts")
@@ -73,6 +74,11 @@ class BoltConfig:
     def __post_init__(self):
         if self.train.seed or self.sample.seed:
             raise ValueError("--train.seed and --sample.seed follow from --seed here; set that")
+        for name in ("rounds", "warm_steps", "bound_draws", "checks"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--{name} {getattr(self, name)} is not allowed; give a number above 0")
+        if self.seed < 0:
+            raise ValueError(f"--seed {self.seed} is not allowed; give 0 or more")
 
     @property
     def arm_names(self) -> list[str]:
@@ -100,6 +106,15 @@ class Lab:
         return Layout(self.tokenizer)
 
 
+def check_corpus(config: BoltConfig, names: list[str]) -> None:
+    """Raise FileNotFoundError or ValueError for what would only show up late."""
+    for name in ("gold", "raw", "held_out") if config.data else ():
+        if not os.path.isfile(f"{config.data}/{name}.jsonl"):
+            raise FileNotFoundError(f"--data {config.data} has no {name}.jsonl; its prepare.py writes it")
+    if {"raw_total", "warm_long"} & set(names) and "em" not in names:
+        raise ValueError("--arms raw_total and warm_long get the FLOPs of the loop, so name em too")
+
+
 def open_lab(config: BoltConfig, ranks: Ranks) -> Lab:
     """Read the corpora; the embedded one is made first where it is missing."""
     folder = Path(config.data or f"{config.out}/corpus")
@@ -110,14 +125,16 @@ def open_lab(config: BoltConfig, ranks: Ranks) -> Lab:
     paths = {name: folder / f"{name}.jsonl" for name in ("gold", "raw", "held_out", "probes", "oracle")}
     records = {name: read_corpus(str(path)) for name, path in paths.items() if name in paths and
                (path.exists() or name in ("gold", "raw", "held_out"))}
-    tokenizer = tokenizer_for(texts_of(record for part in records.values() for record in part), config.encoding)
+    texts = texts_of([record for part in records.values() for record in part], config.encoding)
+    tokenizer = tokenizer_for(texts, config.encoding)
     corpora = {name: encode_corpus(part, tokenizer) for name, part in records.items()}
     world_file = folder / "world.json"
     return Lab(config, ranks, tokenizer, corpora, World.from_json(world_file.read_text()) if world_file.exists() else None)
 
 
-def encode_corpus(records: list[dict], tokenizer: Tokenizer) -> list[Document]:
-    return [encode_document(i, record, tokenizer) for i, record in enumerate(records)]
+def observed_places(documents: list[Document]) -> list[Place]:
+    """Every chunk that is evaluated: all but the given ones."""
+    return [(document, c) for document in documents for c, chunk in enumerate(document.chunks) if not chunk.given]
 
 
 # ---- evaluate --------------------------------------------------------------------------------------------------
@@ -142,7 +159,7 @@ def evaluate(lab: Lab, model: GPT, thinks: bool, weigh: bool = True) -> dict:
             right.setdefault(tuple(probe.record["fact"]), []).append(correct)
         scores["known"] = sum(sum(one) > len(one) / 2 for one in right.values()) / len(right)
     if thinks and weigh:
-        places = [place for document in held_out for place in places_to_infer(document)]
+        places = observed_places(held_out)
         sample = replace(lab.config.sample, num_latents=lab.config.bound_draws, seed=lab.config.seed)
         evidence = infer(model, lab.layout, places, sample, round=0)
         scores |= bounds(places, evidence)
@@ -152,7 +169,10 @@ def evaluate(lab: Lab, model: GPT, thinks: bool, weigh: bool = True) -> dict:
 
 
 def answers_right(lab: Lab, model: GPT, documents: list[Document], mode: str) -> list[bool]:
-    """Whether the greedy answer in the last chunk is the document's. mode: thought, no_thought or raw."""
+    """Whether the greedy answer in the last chunk is the document's. mode: thought, no_thought or raw.
+
+    A thought that reaches the cap is closed there, since an answer is wanted all the same.
+    """
     layout, places = lab.layout, [(document, len(document.chunks) - 1) for document in documents]
     markers = layout.tokenizer.marker.values()
 
@@ -180,8 +200,7 @@ def final_answer(text: str) -> str:
 
 def direct_nll_per_document(lab: Lab, model: GPT, no_thought: bool) -> list[float]:
     """-log p(x | C) without a thought, nats per document."""
-    held_out = lab.corpora["held_out"]
-    places = [place for document in held_out for place in places_to_infer(document)]
+    places = observed_places(lab.corpora["held_out"])
     log_p = score_sequences(model, [lab.layout.direct(*place, no_thought) for place in places],
                             lab.config.sample.score_tokens)
     return per_document(places, (-log_p).tolist())
@@ -199,6 +218,7 @@ def bounds(places, evidence: Evidence) -> dict:
     """K-sample bounds from the same draws, taken in groups of K; means over what is finite, nats per chunk."""
     log_w = evidence.log_weights                                                              # (N, K)
     scores = {"nll": per_document(places, (-importance_bound(log_w)).tolist()),
+              "chunk_tokens": mean(len(document.chunks[c].suffix) for document, c in places),
               "elbo_finished": log_w[evidence.finished].mean().item(),
               "unfinished": 1 - evidence.finished.float().mean().item()}
     for draws in (4, log_w.shape[1]):
@@ -432,7 +452,7 @@ def report(lab: Lab) -> str:
               f"Accuracy: greedy answers on {len(held_out.tokens)} held-out documents. Nats per token, bits per byte: of the observed "
               f"text, exact for raw models, minus the {config.bound_draws}-sample bound for models that think. Compute: forward "
               "and backward passes, E-steps counted, relative to the whole loop. Of a baseline that is evaluated several times "
-              "its best figure stands. ± is one standard error over documents.",
+              "its best figure stands, its exact nats without a thought included. ± is one standard error over documents.",
               "", f"`{run['command']}` at commit {run['commit']}, seed {config.seed}, torch {torch.__version__}, "
               f"{lab.ranks.device}, {time.strftime('%Y-%m-%d')}"]
     write_whole(f"{config.out}/report.json", json.dumps(rows, indent=1) + "\n")
@@ -449,37 +469,45 @@ def start_beside(config: BoltConfig, names: list[str]) -> subprocess.Popen | Non
     code = "import bolt, data.run; data.run.script(bolt.run_beside)"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     return subprocess.Popen([sys.executable, "-c", code, f"{config.out}/config.json", config.device, *names],
-                            env=environment, stderr=open(f"{config.out}/beside.log", "w"))
+                            env=environment, stdin=subprocess.PIPE, stderr=open(f"{config.out}/beside.log", "a"))
 
 
 def run_beside(argv) -> None:
-    """What the second process does."""
+    """What the second process does. It ends with the first, whose death closes the pipe to it."""
+    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
     config_file, device, *names = argv
     config = parse_config(BoltConfig(), ["--config", config_file, "--device", device], "")
     torch.set_num_threads(max(1, os.cpu_count() // 2))
     run_arms(open_lab(config, start_ranks(device)), names, Work(names))
 
 
-def join_beside(process: subprocess.Popen | None, config: BoltConfig) -> None:
-    if process and process.wait():
-        raise ValueError(f"a baseline failed; {config.out}/beside.log says why")
+def run_phase(lab: Lab, mine: list[str], beside: list[str], two: bool, work: Work) -> None:
+    """Run some arms here and some beside them, or all here."""
+    process = start_beside(lab.config, beside) if two else None
+    try:
+        run_arms(lab, mine if two else mine + beside, work)
+        if process and process.wait():
+            raise ValueError(f"a baseline failed; {lab.config.out}/beside.log says why")
+    finally:
+        if process:
+            process.terminate()
+            process.wait()
 
 
 def main(argv=None) -> None:
     config = parse_config(BoltConfig(), argv, __doc__)
     names, ranks = config.arm_names, start_ranks(config.device)
-    lab = open_lab(config, ranks)
+    check_corpus(config, names)
     open_run(config.out, config, ranks)
-    two = config.processes == 2 or config.processes == 0 and ranks.world == 1 and ranks.device.type == "cpu" and os.cpu_count() > 1
+    lab = open_lab(config, ranks)
+    wanted = 2 if ranks.device.type == "cpu" and os.cpu_count() > 1 else 1
+    two = ranks.world == 1 and (config.processes or wanted) == 2
     if two:
         torch.set_num_threads(max(1, os.cpu_count() // 2))
     ranks.say(f"{config.out}: {', '.join(f'{len(d)} {name}' for name, d in lab.corpora.items())} documents, {ranks.device}")
     work = Work([name for mine, beside in PHASES for name in (mine if two else mine + beside) if name in names])
     for mine, beside in PHASES:
-        mine, beside = [name for name in mine if name in names], [name for name in beside if name in names]
-        process = start_beside(config, beside) if two else None
-        run_arms(lab, mine if two else mine + beside, work)
-        join_beside(process, config)
+        run_phase(lab, [name for name in mine if name in names], [name for name in beside if name in names], two, work)
     if ranks.main:
         ranks.say(f"\n{report(lab)}\n\n{config.out}/report.md, after {time.time() - work.start:.0f} s")
 

@@ -31,6 +31,9 @@ class GPTConfig:
     tied: bool = field(default=False, metadata={"help": "share the embedding with the output head"})
 
     def __post_init__(self):
+        for name in ("context", "layers", "width", "heads", "kv_heads", "ffn"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--model.{name} {getattr(self, name)} is not allowed; give a number above 0")
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(f"width {self.width} over {self.heads} heads is no even head size; change width or heads")
         if self.heads % self.kv_heads:

@@ -16,14 +16,14 @@ import math
 import os
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.layout import Document, Layout, Sequence, encode_document, read_corpus
+from data.layout import Document, Layout, Sequence, encode_corpus, read_corpus
 from data.loader import padded_batches
 from data.run import Ranks, open_run, option, parse_config, random_stream, script, start_ranks, write_jsonl
 from data.tokens import Tokenizer
@@ -61,10 +61,11 @@ def proposal_log_probs(logits: Tensor, temperature: float, banned: Tensor) -> Te
 def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     """The index that each uniform number picks: (B, V) and (B,) -> (B,). An entry of probability 0 is never picked.
 
-    The uniforms are multiples of 2^-23 below 1, so that uniform x total stays below the total in float32.
+    The uniforms are multiples of 2^-23 below 1, so that uniform x total stays below the total in float32. No binary
+    search: a parallel cumsum, as on CUDA, is not quite monotone, and an entry of probability 0 could be hit.
     """
-    cdf = probabilities.cumsum(dim=-1)
-    return torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).squeeze(-1)
+    cdf = probabilities.cumsum(dim=-1).where(probabilities > 0, 0.0)
+    return (cdf > uniforms[:, None] * cdf.amax(dim=-1, keepdim=True)).int().argmax(dim=-1)      # the first that exceeds
 
 
 def uniform_numbers(seed: int, purpose: str, labels: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
@@ -292,6 +293,7 @@ def infer(model: GPT, layout: Layout, places: list[Place], config: SampleConfig,
     drawn = propose(model, layout, places, config, round)
     latents = [drawn.ids[n * K:(n + 1) * K] for n in range(len(places))]
     log_joint, scored = score_joint(model, layout, places, latents, config.score_tokens)
+    assert log_joint.isfinite().all() and drawn.log_prob.isfinite().all(), "log-probabilities must be finite"
     log_joint = log_joint.masked_fill(~drawn.finished.view(-1, K), -math.inf)
     prefilled = sum(len(layout.posterior_prompt(document, c)) for document, c in places)
     cost = {"prefilled": prefilled, "sampled": drawn.num_tokens, "scored": scored}
@@ -324,6 +326,8 @@ def annotate_block(model: GPT, layout: Layout, block: list[Document], config: Sa
     """The lines of the output for a block of documents. The tokens it cost stand with its first document."""
     places = [place for document in block for place in places_to_infer(document)]
     records = [document.record | {"chunks": [dict(chunk) for chunk in document.record["chunks"]]} for document in block]
+    for record in records:
+        record.pop("cost", None)        # of an earlier E-step
     if places:
         evidence = infer(model, layout, places, config, round)
         first = block[0].index
@@ -395,19 +399,22 @@ class MainConfig(SampleConfig):
 
 def main(argv=None) -> None:
     config = parse_config(MainConfig(), argv, __doc__)
-    records = read_corpus(config.data)
-    ranks = start_ranks(config.device)
+    records, ranks = read_corpus(config.data), start_ranks(config.device)
     model, state = load_checkpoint(config.checkpoint, ranks.device)
+    tokenizer = Tokenizer(**state["tokenizer"])
+    documents = encode_corpus(records, tokenizer)
     with open(config.checkpoint, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    open_run(f"{config.out}.config", replace(config, checkpoint=f"{config.checkpoint} {digest[:12]}"), ranks)
-    tokenizer = Tokenizer(**state["tokenizer"])
-    documents = [encode_document(i, record, tokenizer) for i, record in enumerate(records)]
+    started = os.path.exists(config.out) or os.path.exists(f"{config.out}.parts")
+    if started and not os.path.exists(f"{config.out}.config"):
+        raise ValueError(f"{config.out} is there without its {config.out}.config; give another --out, or delete what there is of both")
+    open_run(f"{config.out}.config", config, ranks, checkpoint_sha256=digest)
     ranks.say(f"drawing {config.num_latents} thoughts for each chunk of {len(documents)} documents on {ranks.device}")
     start = time.time()
     summary = e_step(model, tokenizer, documents, config, config.round, config.out, ranks)
     ranks.say(json.dumps(summary, indent=1))
-    ranks.say(f"{config.out}: {summary['sampled_tokens'] / (time.time() - start):,.0f} sampled tokens/s")
+    rate = "" if started else f": {summary['sampled_tokens'] / (time.time() - start):,.0f} sampled tokens/s"
+    ranks.say(f"{config.out}{rate}")
 
 
 if __name__ == "__main__":

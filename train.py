@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data.layout import LATENT, TEXT, Document, Layout, encode_document, read_corpus, texts_of
+from data.layout import LATENT, TEXT, Document, Layout, encode_corpus, read_corpus, texts_of
 from data.loader import Batch, score_sequences, training_batches
 from data.run import Ranks, append_metrics, open_run, option, parse_config, script, start_ranks, trim_metrics
 from data.tokens import Tokenizer, tokenizer_for
@@ -55,10 +55,19 @@ class TrainConfig:
     model: GPTConfig = option(GPTConfig(), "shape of a fresh model")
 
     def __post_init__(self):
+        for name in ("steps", "batch_tokens", "row_tokens", "learning_rate", "warmup", "decay", "clip", "checkpoint_every"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--{name} {getattr(self, name)} is not allowed; give a number above 0")
+        if self.micro_batch_rows < 0 or self.seed < 0:
+            raise ValueError("--micro_batch_rows and --seed must not be negative")
+        if self.model.vocab_size:
+            raise ValueError("--model.vocab_size follows from the tokenizer; leave it out")
         if self.row_tokens > self.model.context:
             raise ValueError(f"--row_tokens {self.row_tokens} exceeds --model.context {self.model.context}; lower it")
         if self.batch_tokens < self.row_tokens:
             raise ValueError(f"--batch_tokens {self.batch_tokens} is less than a row of --row_tokens {self.row_tokens}")
+        if self.batch_tokens % self.row_tokens:
+            raise ValueError(f"--batch_tokens {self.batch_tokens} is no multiple of --row_tokens {self.row_tokens}; make it one")
 
 
 # ---- state -----------------------------------------------------------------------------------------------------
@@ -198,7 +207,7 @@ class Meter:
         self.nll += sums
         self.counts += torch.tensor([(batch.kinds == LATENT).sum(), (batch.kinds == TEXT).sum(), batch.num_targets])
         self.tokens += batch.num_tokens
-        if step % LOG_EVERY == 0 or step == self.config.steps:
+        if step % LOG_EVERY == 0 or step % self.config.checkpoint_every == 0 or step == self.config.steps:
             self.write(step, norm, bar)
             self.clear()
 
@@ -207,8 +216,8 @@ class Meter:
             dist.all_reduce(self.nll)
         latent, text, loss = (self.nll.cpu() / self.counts.clamp(min=1)).tolist()
         if not math.isfinite(loss):
-            raise ValueError(f"the loss is {loss} at step {step}; lower --learning_rate "
-                             f"(the last good checkpoint is {self.folder}/ckpt.pt)")
+            raise ValueError(f"the loss is {loss} at step {step}; lower --learning_rate, with another --out "
+                             f"(the last good checkpoint, if any, is {self.folder}/ckpt.pt)")
         bar.set_postfix_str(f"loss {loss:.3f}")
         if self.ranks.main:
             append_metrics(self.folder, {
@@ -274,19 +283,33 @@ class MainConfig(TrainConfig):
     data: str = option("data/alchemy/gold.jsonl", "corpus to train on, JSONL")
     held_out: str = option("data/alchemy/held_out.jsonl", "corpus to evaluate on at the end; empty: none")
     encoding: str = option("words", "tokens of the text: words, or an encoding of tiktoken such as gpt2")
+    init_from: str = option("", "checkpoint whose weights, shape and vocabulary to start from; empty: fresh ones")
     out: str = option("runs/train", "run folder: config.json, metrics.jsonl, ckpt.pt")
     device: str = option("auto", "auto, cpu, cuda or mps")
+
+
+def starting_point(config: MainConfig, records: list[dict]) -> tuple[GPT, Tokenizer]:
+    """The model and the tokenizer of --init_from, or a fresh model with the vocabulary of the corpora.
+
+    Latents drawn by a model are ids of its vocabulary: to train on them, start from its checkpoint or one of its family.
+    """
+    if config.init_from:
+        model, state = load_checkpoint(config.init_from)
+        return model, Tokenizer(**state["tokenizer"])
+    tokenizer = tokenizer_for(texts_of(records, config.encoding), config.encoding)
+    return GPT(replace(config.model, vocab_size=tokenizer.vocab_size), config.seed), tokenizer
 
 
 def main(argv=None) -> None:
     config = parse_config(MainConfig(), argv, __doc__)
     ranks = start_ranks(config.device)
     corpora = [read_corpus(path) for path in (config.data, config.held_out) if path]
+    model, tokenizer = starting_point(config, [record for records in corpora for record in records])
+    documents, *held_out = (encode_corpus(records, tokenizer) for records in corpora)
+    model.to(ranks.device)
     open_run(config.out, config, ranks)
-    tokenizer = tokenizer_for(texts_of(record for records in corpora for record in records), config.encoding)
-    documents, *held_out = ([encode_document(i, r, tokenizer) for i, r in enumerate(records)] for records in corpora)
-    model = GPT(replace(config.model, vocab_size=tokenizer.vocab_size), config.seed).to(ranks.device)
-    ranks.say(f"training {model.num_parameters():,} parameters on {len(documents)} documents of {config.data}, {ranks}")
+    ranks.say(f"training {model.num_parameters():,} parameters on {len(documents)} documents of {config.data}, {ranks.world} "
+              f"process(es) on {ranks.device}")
     state = train(model, tokenizer, documents, config, config.out, ranks)
     ranks.say(f"{config.out}/ckpt.pt: {state.step} steps, {state.tokens:,} tokens, {state.observed_tokens:,} observed")
     for no_thought, name in ((False, "raw"), (True, "no-thought")):

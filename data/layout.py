@@ -21,10 +21,11 @@ from typing import Callable, Iterator
 
 import numpy as np
 
-from data.tokens import BOS, EOL, EOS, POST, PRIOR, SOL, Tokenizer
+from data.tokens import BOS, EOL, EOS, POST, PRIOR, SOL, Tokenizer, split
 
 GIVEN, MARKER, LATENT, TEXT = range(4)      # the kind of a token; a GIVEN one is seen, but neither trained on nor scored
 CONTEXT_CHUNKS = 3                          # C is the text of at most so many chunks, the paper's rule
+CHUNK_TOKENS = 256                          # cap of a chunk where text is split
 
 
 # ---- documents -------------------------------------------------------------------------------------------------
@@ -45,18 +46,33 @@ class Document:
     record: dict = field(repr=False, compare=False)
 
 
-def encode_document(index: int, record: dict, tokenizer: Tokenizer, chunk_tokens: int = 512) -> Document:
-    """Encode one line of a corpus. Sampled latents come with their ids, which are used as they are, never re-encoded."""
-    pieces = record.get("chunks")
-    if pieces is None:
-        pieces = [{"suffix": part} for part in
-                  split_into_chunks(record["text"], lambda text: len(tokenizer.encode(text)), chunk_tokens)]
-    chunks = []
-    for piece in pieces:
-        latent = piece.get("latent")
-        ids = None if latent is None else piece.get("latent_ids") or tokenizer.encode(latent)
+def encode_corpus(records: list[dict], tokenizer: Tokenizer) -> list[Document]:
+    return [encode_document(i, record, tokenizer) for i, record in enumerate(records)]
+
+
+def encode_document(index: int, record: dict, tokenizer: Tokenizer) -> Document:
+    """Encode one line of a corpus. Sampled latents come with their ids, which are used as they are, never re-encoded.
+
+    Raises ValueError where those ids are of another vocabulary.
+    """
+    record, chunks = with_chunks(record, tokenizer.encoding), []
+    for piece in record["chunks"]:
+        latent, ids = piece.get("latent"), piece.get("latent_ids")
+        if latent is not None and ids is None:
+            ids = tokenizer.encode(latent)
+        elif latent is not None and tokenizer.decode(ids) != latent:
+            raise ValueError(f"the latent_ids of {latent[:40]!r} are of another vocabulary; train from the checkpoint that drew "
+                             "them: train.py --init_from CKPT")
         chunks.append(Chunk(tokenizer.encode(piece["suffix"]), ids, piece.get("given", False)))
-    return Document(index, chunks, record | {"chunks": pieces})
+    return Document(index, chunks, record)
+
+
+def with_chunks(record: dict, encoding: str) -> dict:
+    """A document that has only `text`, with the chunks it splits into; others as they are."""
+    if record.get("chunks") is not None:
+        return record
+    parts = split_into_chunks(record["text"], lambda text: len(split(text, encoding)), CHUNK_TOKENS)
+    return record | {"chunks": [{"suffix": part} for part in parts]}
 
 
 def read_corpus(path: str) -> list[dict]:
@@ -75,10 +91,10 @@ def read_corpus(path: str) -> list[dict]:
     return records
 
 
-def texts_of(records) -> Iterator[str]:
+def texts_of(records, encoding: str) -> Iterator[str]:
     """Every text of a corpus, piece by piece as it is encoded: for making a tokenizer."""
     for record in records:
-        for piece in record.get("chunks") or [{"suffix": record["text"]}]:
+        for piece in with_chunks(record, encoding)["chunks"]:
             yield piece["suffix"]
             if piece.get("latent") is not None:
                 yield piece["latent"]
@@ -91,7 +107,7 @@ def check_record(record: dict) -> dict:
     chunks = record.get("chunks")
     if chunks is None:
         return record
-    if not all(isinstance(c, dict) and isinstance(c.get("suffix"), str)
+    if not isinstance(chunks, list) or not all(isinstance(c, dict) and isinstance(c.get("suffix"), str)
                and isinstance(c.get("latent"), str | None) for c in chunks):
         raise ValueError('each chunk needs a "suffix", and its "latent" is a text or null')
     if "".join(chunk["suffix"] for chunk in chunks) != record["text"]:

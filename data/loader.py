@@ -129,7 +129,7 @@ def padded_batches(sequences: list[Sequence], batch_tokens: int) -> Iterator[tup
 def score_sequences(model, sequences: list[Sequence], batch_tokens: int) -> Tensor:
     """The log-probability of the tokens of each sequence that are not given, (len(sequences),) float32 nats, on the CPU.
 
-    Every evaluation and the joint of the E-step come from here, and from `model.forward` underneath.
+    What evaluations without thoughts come from; the E-step scores its joints after shared prompts, by `model.forward` too.
     """
     device, log_p = next(model.parameters()).device, torch.zeros(len(sequences))
     for places, batch in padded_batches(sequences, batch_tokens):

@@ -37,15 +37,19 @@ def gain(ours: list, theirs: list) -> tuple[float, float]:
 
 
 def better(ours: list, theirs: list, errors: float = 3.0) -> tuple[bool, str]:
-    """Whether ours exceeds theirs by more than so many standard errors of the paired difference, and the figures."""
+    """Whether ours exceeds theirs by more than so many standard errors of the paired difference, and the figures.
+
+    With negative `errors`: whether ours is at most so many standard errors worse.
+    """
     difference, error = gain(ours, theirs)
-    return difference > errors * error, f"{difference:+.3f} ± {error:.3f}"
+    enough = difference > errors * error if errors > 0 else difference >= errors * error
+    return enough, f"{difference:+.3f} ± {error:.3f}"
 
 
 def per_unit(nll: list, units: list[int]) -> float:
     """Nats per token, or per byte, over the documents whose nll is finite."""
     pairs = [(value, unit) for value, unit in zip(nll, units) if value is not None]
-    return sum(value for value, _ in pairs) / max(1, sum(unit for _, unit in pairs))
+    return sum(value for value, _ in pairs) / sum(unit for _, unit in pairs) if pairs else math.nan
 
 
 def negative(nll: list) -> list:
@@ -176,16 +180,16 @@ def rounds_table(records: dict[str, dict], held_out: HeldOut) -> list[str]:
     last, graded = rounds_of(records)[-1], "valid_before" in rounds_of(records)[-1]
     largest = max(int(name.split("_")[1]) for name in last if name.startswith("bound_"))
     rows = [f"| round | nats per token: elbo | K = 4 | K = {largest} | no thought | " + "valid thoughts | distance to the posterior | " * graded
-            + "E-step: ess | unfinished | thought tokens |", "|---" * (8 + 2 * graded) + "|"]
+            + "documents left out | E-step: ess | unfinished | thought tokens |", "|---" * (9 + 2 * graded) + "|"]
     for number, record in enumerate(rounds_of(records)):
-        chunk_tokens = mean(held_out.tokens)
+        chunk_tokens = record.get("chunk_tokens", mean(held_out.tokens))
         nats = [record["elbo_finished"], record.get("bound_4", math.nan), record[f"bound_{largest}"]]
         marks = (f"{record['valid_before']:.2f} -> {record['valid_after']:.2f} | "
                  f"{record['distance_before']:.2f} -> {record['distance_after']:.2f} | ") if graded else ""
         step = record.get("e_step")
         drawn = f"{step['ess']:.1f} | {step['unfinished']:.3f} | {step['latent_tokens']:.1f} |" if step else "| | |"
         rows.append(f"| {number or 'warm start'} | {' | '.join(f'{-x / chunk_tokens:.3f}' for x in nats)} | "
-                    f"{per_unit(record['nll_direct'], held_out.tokens):.3f} | {marks}{drawn}")
+                    f"{per_unit(record['nll_direct'], held_out.tokens):.3f} | {marks}{record['nll'].count(None)} | {drawn}")
     return rows
 
 

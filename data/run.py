@@ -59,7 +59,7 @@ def converter(kind, name: str):
 
     def convert(text):
         try:
-            return kind(text) if read is None else read[str(text).lower() if kind is bool else str(text)]
+            return kind(str(text)) if read is None else read[str(text).lower() if kind is bool else str(text)]
         except (KeyError, ValueError):
             wanted = f"one of {', '.join(map(str, choices))}" if choices else f"a value of type {kind.__name__}"
             raise ValueError(f"--{name} {text} is not allowed; give {wanted}") from None
@@ -110,8 +110,9 @@ def read_config(path: str) -> dict:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no config file {path!r}; a run folder holds one as config.json")
     try:
-        nested = json.loads(Path(path).read_text())["config"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        nested = json.loads(Path(path).read_text(encoding="utf-8"))["config"]
+        nested.items()
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path!r} is no config.json of a run; it needs a \"config\" part") from None
 
     def flat(part, prefix=""):
@@ -124,7 +125,7 @@ def script(main) -> None:
     """Run main(argv) as a program: a user's error ends it with one line and exit code 2, no traceback."""
     try:
         main(sys.argv[1:])
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -140,6 +141,7 @@ def random_stream(seed: int, purpose: str, *labels: int) -> np.random.Generator:
     Philox is a counter-based generator: the labels (four at most, such as round, document, chunk, draw) go into its
     key and counter, so each combination has a stream of its own and none has to be drawn to reach another.
     """
+    assert len(labels) <= 4, "a stream has at most four labels"
     word = int.from_bytes(hashlib.sha256(f"{seed} {purpose}".encode()).digest()[:8], "little")
     first, *others = (*labels, 0, 0, 0, 0)[:4]
     return np.random.Generator(np.random.Philox(key=[word, first], counter=[0, *others]))
@@ -173,8 +175,12 @@ def start_ranks(device: str = "auto") -> Ranks:
     world = int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: this machine shows no CUDA device; use --device cpu")
+    kind = device.split(":")[0]
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(kind):
+        raise ValueError(f"--device {device} is not on this machine; use {', '.join(name for name in there if there[name])}")
+    if world > 1 and kind == "mps":
+        device = "cpu"      # no process group works on mps
     if world == 1:
         return Ranks(0, 1, torch.device(device))
     if device == "cuda":
@@ -192,7 +198,7 @@ def write_whole(path, text: str) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -210,15 +216,26 @@ def trim_metrics(folder, step: int, ranks: Ranks) -> None:
     """Drop what metrics.jsonl holds beyond a step: a resumed run writes it again."""
     path = Path(folder) / "metrics.jsonl"
     if ranks.main and path.exists():
-        write_whole(path, "".join(line for line in path.read_text().splitlines(True)
-                                  if line.endswith("\n") and json.loads(line)["step"] <= step))
+        lines = path.read_text(encoding="utf-8").splitlines(True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        if len(kept) < len(lines):
+            write_whole(path, "".join(kept))
 
 
 HOW_ONLY = ("device", "processes", "arms")     # settings that say where and how much is computed, not what comes out
 
 
-def open_run(folder, config, ranks: Ranks) -> None:
-    """Make the run folder with its config.json, or continue in it.
+def commit_of_this_project() -> str:
+    """Short hash of the commit, empty where there is no git."""
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
+def open_run(folder, config, ranks: Ranks, **identity) -> None:
+    """Make the run folder with its config.json, or continue in it. identity: what else must be the same, such as a hash.
 
     Raises ValueError where the folder belongs to another configuration: its files would not be those of this command.
     """
@@ -226,13 +243,15 @@ def open_run(folder, config, ranks: Ranks) -> None:
     path = folder / "config.json"
     if path.exists():
         old, new = read_config(path), flatten(config)
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        old, new = old | {name: saved.get(name) for name in identity}, new | identity
         changed = [f"{name} {old.get(name)} -> {new.get(name)}" for name in new.keys() | old.keys()
                    if name not in HOW_ONLY and old.get(name) != new.get(name)]
         if changed:
             raise ValueError(f"{folder} holds a run with other settings ({', '.join(sorted(changed))}); "
                              f"give another --out, or delete {folder}")
     elif ranks.main:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
         command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-        write_whole(path, json.dumps({"config": settings, "command": command, "commit": commit}, indent=2) + "\n")
+        record = {"config": settings, "command": command, "commit": commit_of_this_project(), **identity}
+        write_whole(path, json.dumps(record, indent=2) + "\n")
     ranks.barrier()

@@ -3,9 +3,9 @@ import random
 
 import pytest
 
-from data.layout import (GIVEN, LATENT, MARKER, TEXT, check_record, encode_document, read_corpus, split_into_chunks,
-                         split_into_sentences)
-from data.tokens import tokenizer_for
+from data.layout import (CHUNK_TOKENS, GIVEN, LATENT, MARKER, TEXT, check_record, encode_document, read_corpus, split_into_chunks,
+                         split_into_sentences, texts_of)
+from data.tokens import Tokenizer, tokenizer_for
 
 
 def spell(layout, ids):
@@ -63,10 +63,12 @@ def test_context_is_the_text_of_three_chunks_without_latents(tokenizer, layout):
     assert spell(layout, layout.context(document, 0)) == BOS
 
 
-def test_sampled_ids_are_used_as_they_are(tokenizer):
-    """latent_ids win over the text: what was drawn is what is trained on, even where it re-encodes otherwise."""
-    chunk = {"suffix": "a", "latent": " b", "latent_ids": [3, 3, 3]}
-    assert encode_document(0, {"text": "a", "chunks": [chunk]}, tokenizer).chunks[0].latent == [3, 3, 3]
+def test_sampled_ids_are_used_as_they_are():
+    """latent_ids win over the text: what was drawn is what is trained on, even where the text re-encodes otherwise."""
+    tokenizer = Tokenizer("words", (b"ab", b"a", b"b"))
+    chunk = {"suffix": "a", "latent": "ab", "latent_ids": [1, 2]}
+    assert tokenizer.encode("ab") == [0]
+    assert encode_document(0, {"text": "a", "chunks": [chunk]}, tokenizer).chunks[0].latent == [1, 2]
 
 
 STRINGS = ["", "One. Two! Three?", "no full stop", "a\r\n\r\nb\n\n\nc  ", "Dr. No met Mrs. Smith. \"Hi!\" he said.", "  lead", "...\n",
@@ -100,11 +102,18 @@ def test_abbreviations_do_not_end_a_sentence():
 
 
 def test_a_document_with_only_text_is_chunked():
-    text = "\n".join(["a b c d e."] * 6)
-    tokenizer = tokenizer_for([text], "words")
-    document = encode_document(0, {"text": text}, tokenizer, chunk_tokens=9)
+    text = "Two words. " * 200 + "Then more. "
+    record = {"text": text}
+    tokenizer = tokenizer_for(texts_of([record], "words"), "words")
+    document = encode_document(0, record, tokenizer)
     assert "".join(tokenizer.decode(chunk.suffix) for chunk in document.chunks) == text
-    assert len(document.chunks) > 3 and max(len(chunk.suffix) for chunk in document.chunks) <= 9
+    assert len(document.chunks) > 3 and max(len(chunk.suffix) for chunk in document.chunks) <= CHUNK_TOKENS
+
+
+def test_ids_of_another_vocabulary_are_refused(tokenizer):
+    chunk = {"suffix": "a", "latent": " b", "latent_ids": [3, 3, 3]}
+    with pytest.raises(ValueError, match="another vocabulary.*--init_from"):
+        encode_document(0, {"text": "a", "chunks": [chunk]}, tokenizer)
 
 
 @pytest.mark.parametrize("line, complaint", [

@@ -33,6 +33,10 @@ def test_a_gain_is_paired_and_needs_three_standard_errors():
     assert better([True] * 50, [False] * 10 + [True] * 40)[0] and not better([True, False] * 25, [False, True] * 25)[0]
 
 
+def test_a_round_that_answers_like_the_one_before_is_not_worse():
+    assert better([True, False], [True, False], -1)[0] and not better([True, False], [True, False])[0]
+
+
 def test_nats_per_token_leave_out_what_is_not_finite():
     assert per_unit([4.0, None, 2.0], [2, 5, 1]) == pytest.approx(2.0)
 

@@ -11,7 +11,8 @@ import torch
 import train as train_module
 from data.loader import training_batches
 from data.run import Ranks
-from model import GPT, GPTConfig, load_checkpoint
+from data.tokens import Tokenizer, tokenizer_for
+from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from tests.conftest import RECORDS, random_model
 from train import Muon, TrainConfig, backward, direct_nll, main, make_optimizers, nearest_orthogonal, schedule, train
 
@@ -192,12 +193,27 @@ def test_main_trains_and_says_where_the_checkpoint_is(corpus, tmp_path, capsys):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["steps"] == 6
 
 
-@pytest.mark.parametrize("more, named", [(["--row_tokens", "999"], "--row_tokens 999"), (["--batch_tokens", "8"], "--batch_tokens 8"),
+@pytest.mark.parametrize("more, named", [(["--row_tokens", "999"], "--row_tokens 999"), (["--batch_tokens", "8"], "--batch_tokens 8"), (["--steps", "0"], "--steps 0"), (["--batch_tokens", "50"], "multiple"),
+                                         (["--device", "gpu"], "--device gpu"), (["--encoding", "gtp2"], "--encoding gtp2"), (["--model.heads", "0"], "heads"),
                                          (["--data", "nowhere.jsonl"], "nowhere.jsonl")])
 def test_bad_settings_end_before_work_is_spent(corpus, tmp_path, more, named):
     with pytest.raises((ValueError, FileNotFoundError), match=named):
         main(flags(corpus, tmp_path / "run", *more))
     assert not (tmp_path / "run").exists()
+
+
+def test_training_on_drawn_latents_starts_from_the_checkpoint_that_drew_them(corpus, tmp_path):
+    """Its vocabulary comes along, so the ids mean what they meant; a fresh vocabulary is refused."""
+    tokenizer = tokenizer_for([" 0 a b c d e", "a", "b", " z"], "words")
+    save_checkpoint(str(tmp_path / "old.pt"), random_model(tokenizer.vocab_size, context=256), tokenizer=tokenizer.state())
+    chunk = {"suffix": "a b", "latent": " z", "latent_ids": tokenizer.encode(" z")}
+    (tmp_path / "drawn.jsonl").write_text(json.dumps({"text": "a b", "chunks": [chunk]}) + "\n")
+    argv = ["--data", str(tmp_path / "drawn.jsonl"), *flags(corpus, tmp_path / "run")[2:]]
+    with pytest.raises(ValueError, match="--init_from"):
+        main(argv)
+    main([*argv, "--init_from", str(tmp_path / "old.pt")])
+    _, state = load_checkpoint(str(tmp_path / "run" / "ckpt.pt"))
+    assert Tokenizer(**state["tokenizer"]) == tokenizer
 
 
 @pytest.mark.slow

@@ -38,13 +38,15 @@ def read_problems(source: str) -> list[dict]:
         else:
             lines = urllib.request.urlopen(URL, timeout=60).read().decode("utf-8").splitlines()
         problems = [json.loads(line) for line in lines]
+        if not all(problem["answer"].count("#### ") == 1 for problem in problems):
+            raise KeyError("answer")
         return sorted(problems, key=lambda problem: hashlib.sha256(problem["question"].encode()).digest())
     except FileNotFoundError:
         raise FileNotFoundError(f"--source {source} does not exist; give a copy of GSM8K's train.jsonl") from None
     except OSError as error:
         raise ValueError(f"could not download {URL} ({error}); fetch it by hand and pass --source FILE") from None
     except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(f"{source or URL} is not GSM8K: each line needs a question and an answer") from None
+        raise ValueError(f"{source or URL} is not GSM8K: each line needs a question, and an answer with ####") from None
 
 
 def write_document(problem: dict, thought: bool) -> dict:
@@ -69,7 +71,7 @@ def prepare(source: str, out: str, gold: int, raw: int, held_out: int) -> dict[s
     folder.mkdir(parents=True, exist_ok=True)
     for name, (part, thought) in parts.items():
         temporary = folder / f"{name}.jsonl.tmp"
-        temporary.write_text("".join(json.dumps(write_document(problem, thought)) + "\n" for problem in part))
+        temporary.write_text("".join(json.dumps(write_document(problem, thought)) + "\n" for problem in part), encoding="utf-8")
         os.replace(temporary, folder / f"{name}.jsonl")
     return {name: len(part) for name, (part, _) in parts.items()}
 
