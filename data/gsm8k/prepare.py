@@ -62,7 +62,8 @@ def write_document(problem: dict, thought: bool) -> dict:
 def prepare(source: str, out: str, gold: int, raw: int, held_out: int) -> dict[str, int]:
     """Write the parts into `out`; returns the documents in each. Raises ValueError where there are too few."""
     problems = read_problems(source)
-    if held_out + gold + raw > len(problems):
+    raw = raw or len(problems) - held_out - gold
+    if raw <= 0 or held_out + gold + raw > len(problems):
         raise ValueError(f"--held_out {held_out} --gold {gold} --raw {raw} are more than the {len(problems)} documents there are")
     first, second, third = held_out, held_out + gold, held_out + gold + raw
     parts = {"held_out": (problems[:first], False), "gold": (problems[first:second], True),
@@ -81,7 +82,7 @@ def main(argv=None) -> None:
     parser.add_argument("--source", default="", help="GSM8K's train.jsonl on this machine; empty: download it")
     parser.add_argument("--out", default=os.path.dirname(os.path.abspath(__file__)), help="folder of the corpus")
     parser.add_argument("--gold", type=int, default=1000, help="documents with thoughts [1000]")
-    parser.add_argument("--raw", type=int, default=4000, help="documents without [4000]")
+    parser.add_argument("--raw", type=int, default=0, help="documents without; 0: all the rest [0]")
     parser.add_argument("--held_out", type=int, default=400, help="documents for evaluation [400]")
     counts = prepare(**vars(parser.parse_args(argv)))
     print("gsm8k:", ", ".join(f"{count} {part}" for part, count in counts.items()), "documents")
