@@ -463,7 +463,7 @@ def report(lab: Lab) -> str:
 # ---- main ------------------------------------------------------------------------------------------------------
 
 def start_beside(config: BoltConfig, names: list[str]) -> subprocess.Popen | None:
-    """A second process that runs some arms in the same run folder; its progress bars go to beside.log."""
+    """A second process that runs some arms in the same run folder; its progress bars go to beside.log, its lines here."""
     if not names:
         return None
     code = "import bolt, data.run; data.run.script(bolt.run_beside)"

@@ -407,7 +407,8 @@ def main(argv=None) -> None:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     started = os.path.exists(config.out) or os.path.exists(f"{config.out}.parts")
     if started and not os.path.exists(f"{config.out}.config"):
-        raise ValueError(f"{config.out} is there without its {config.out}.config; give another --out, or delete what there is of both")
+        raise ValueError(f"{config.out} is there without its {config.out}.config; "
+                         "give another --out, or delete what there is of both")
     open_run(f"{config.out}.config", config, ranks, checkpoint_sha256=digest)
     ranks.say(f"drawing {config.num_latents} thoughts for each chunk of {len(documents)} documents on {ranks.device}")
     start = time.time()

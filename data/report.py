@@ -170,7 +170,8 @@ def models_table(runs: list[dict[str, dict[str, float]]]) -> list[str]:
     for label in runs[0]:
         values = np.array([[run[label][column] for column in columns] for run in runs])
         errors = values.std(axis=0, ddof=1) / len(runs) ** 0.5 if len(runs) > 1 else [None] * len(columns)
-        cells = [f"{value:.3f}" + (f" ± {error:.3f}" if error is not None else "") for value, error in zip(values.mean(axis=0), errors)]
+        cells = [f"{value:.3f}" + (f" ± {error:.3f}" if error is not None else "")
+                 for value, error in zip(values.mean(axis=0), errors)]
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return lines
 
@@ -179,8 +180,8 @@ def rounds_table(records: dict[str, dict], held_out: HeldOut) -> list[str]:
     """Markdown: thoughts on held-out documents, by round, and the E-step that led to each model."""
     last, graded = rounds_of(records)[-1], "valid_before" in rounds_of(records)[-1]
     largest = max(int(name.split("_")[1]) for name in last if name.startswith("bound_"))
-    rows = [f"| round | nats per token: elbo | K = 4 | K = {largest} | no thought | " + "valid thoughts | distance to the posterior | " * graded
-            + "documents left out | E-step: ess | unfinished | thought tokens |", "|---" * (9 + 2 * graded) + "|"]
+    rows = [f"| round | nats per token: elbo | K = 4 | K = {largest} | no thought | "
+            + "valid thoughts | distance to the posterior | " * graded + "documents left out | E-step: ess | unfinished | thought tokens |", "|---" * (9 + 2 * graded) + "|"]
     for number, record in enumerate(rounds_of(records)):
         chunk_tokens = record.get("chunk_tokens", mean(held_out.tokens))
         nats = [record["elbo_finished"], record.get("bound_4", math.nan), record[f"bound_{largest}"]]

@@ -91,8 +91,8 @@ def parse_config(default, argv, description: str):
 
     Raises ValueError for a value or key that does not fit, FileNotFoundError for a missing FILE; an unknown flag exits.
     """
-    parser = OneLineParser(usage="%(prog)s [--flag value ...]", description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                           allow_abbrev=False)
+    parser = OneLineParser(usage="%(prog)s [--flag value ...]", description=description, allow_abbrev=False,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", metavar="FILE", help="take the settings of a config.json; flags override it")
     converters = {}
     add_flags(parser, default, converters)

@@ -1,7 +1,10 @@
 """Laws of bolt.py: a small run end to end, continued where it was killed; verdicts that follow from the records."""
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -118,6 +121,21 @@ def test_thoughts_drawn_from_the_exact_posterior_are_near_it(lab):
     quality = thought_quality(lab, places, Evidence(latents, log_joint, torch.zeros_like(log_joint), {}))
     assert quality["distance_after"] == pytest.approx(0.0, abs=1e-5) and quality["distance_before"] > 0.3
     assert quality["valid_after"] > quality["valid_before"]
+
+
+@pytest.mark.slow
+def test_kill_minus_9_takes_the_second_process_along_and_the_same_command_continues(corpus, finished, tmp_path):
+    """Killed once the warm start is there; started again, it ends with the figures of a run that was never stopped."""
+    out, root = tmp_path / "killed", os.path.dirname(bolt.__file__)
+    command = [sys.executable, "bolt.py", "--data", str(corpus), "--out", str(out), "--arms", "study", *TINY, "--processes", "2"]
+    process = subprocess.Popen(command, cwd=root)
+    while not (out / "warm" / "ckpt.pt").exists():
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    subprocess.run(command, cwd=root, check=True)
+    for path in finished.glob("**/step_*.json"):
+        assert path.read_text() == (out / path.relative_to(finished)).read_text()
 
 
 @pytest.mark.slow
