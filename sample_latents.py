@@ -115,7 +115,7 @@ def generate(model: GPT, prompts: list[list[int]], uniforms: Tensor, *, stop: Te
     N, K, L = uniforms.shape
     check_room(model, prompts, L)
     device, total = model.embedding.weight.device, N * K
-    stop, banned, uniforms = stop.to(device), banned.to(device), uniforms.view(total, L).to(device)
+    stop, banned, uniforms = stop.to(device), banned.to(device), uniforms.reshape(total, L).to(device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     last_ids = torch.tensor([prompt[-1] for prompt in prompts], device=device)
     prompt_cache = prefill(model, prompts)
@@ -177,13 +177,23 @@ def places_to_infer(document: Document) -> list[Place]:
     return [(document, c) for c, chunk in enumerate(document.chunks) if not chunk.given and chunk.latent is None]
 
 
+def latent_uniforms(seed: int, round: int, document: int, chunk: int, num_latents: int, max_tokens: int) -> Tensor:
+    """A number for each draw and position, (K, L): a function of (seed, round, document, chunk, draw, position) alone.
+
+    Each 32 positions have a stream of their own, drawn row by row, so neither K nor the cap L changes any number.
+    """
+    blocks = [uniform_numbers(seed, "latent", (round, document, chunk, block), (num_latents, 32))
+              for block in range(math.ceil(max_tokens / 32))]
+    return torch.cat(blocks, dim=1)[:, :max_tokens]
+
+
 def propose(model: GPT, layout: Layout, places: list[Place], config: SampleConfig, round: int) -> Generated:
     """K thoughts z ~ q(. | x, C) for each of N chunks, and log q of each (log_prob counts z and EOL).
 
     Only EOL among the markers can be drawn. A draw's numbers depend on (seed, round, document, chunk, draw, position).
     """
     uniforms = torch.stack([
-        uniform_numbers(config.seed, "latent", (round, document.index, c), (config.num_latents, config.max_latent_tokens))
+        latent_uniforms(config.seed, round, document.index, c, config.num_latents, config.max_latent_tokens)
         for document, c in places])                                                           # (N, K, L)
     others = [i for i in layout.tokenizer.marker.values() if i != layout.eol]
     prompts = [layout.posterior_prompt(document, c) for document, c in places]

@@ -22,7 +22,7 @@ from data.run import Ranks
 from data.tokens import tokenizer_for
 from model import save_checkpoint
 from sample_latents import (SampleConfig, effective_sample_size, e_step, generate, importance_bound, infer, inverse_cdf,
-                            log_importance_weights, main, places_to_infer, proposal_log_probs, propose, resample,
+                            latent_uniforms, log_importance_weights, main, places_to_infer, proposal_log_probs, propose, resample,
                             score_joint, summarize, uniform_numbers, vocabulary_mask)
 from tests.conftest import random_model
 
@@ -229,6 +229,12 @@ def test_a_draw_depends_on_its_labels_only(small):
     assert propose(model, layout, places[2:3], config, 1).ids == together[6:9]
     assert propose(model, layout, places, config, 2).ids != together
     assert propose(model, layout, places, SampleConfig(num_latents=2, max_latent_tokens=CAP), 1).ids[:2] == together[:2]
+
+
+def test_neither_the_number_of_draws_nor_the_cap_changes_a_random_number():
+    whole = latent_uniforms(0, 1, 2, 3, num_latents=6, max_tokens=80)
+    assert torch.equal(latent_uniforms(0, 1, 2, 3, num_latents=2, max_tokens=40), whole[:2, :40])
+    assert whole.unique().numel() > 470 and not torch.equal(latent_uniforms(0, 1, 2, 4, 6, 80), whole)
 
 
 def test_a_prompt_without_room_is_an_error(small):
