@@ -32,13 +32,13 @@ import torch
 from tqdm import tqdm
 
 from data.alchemy.world import World
-from data.layout import Document, Layout, encode_corpus, read_corpus, texts_of
+from data.layout import Document, Layout, encode_corpus, observed_places, read_corpus, texts_of
 from data.loader import score_sequences, training_batches
 from data.report import HeldOut, mean, model_rows, models_table, per_unit, read_records, rounds_table, verdicts
-from data.run import Ranks, open_run, option, parse_config, script, start_ranks, write_whole
+from data.run import Ranks, open_run, option, parse_config, require_positive, script, start_ranks, write_whole
 from data.tokens import Tokenizer, tokenizer_for
 from model import GPT
-from sample_latents import Evidence, Place, SampleConfig, e_step, generate, importance_bound, infer, vocabulary_mask
+from sample_latents import Evidence, SampleConfig, e_step, generate, importance_bound, infer, vocabulary_mask
 from train import TrainConfig, TrainState, train
 
 # ---- config ----------------------------------------------------------------------------------------------------
@@ -74,9 +74,7 @@ class BoltConfig:
     def __post_init__(self):
         if self.train.seed or self.sample.seed:
             raise ValueError("--train.seed and --sample.seed follow from --seed here; set that")
-        for name in ("rounds", "warm_steps", "bound_draws", "checks"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"--{name} {getattr(self, name)} is not allowed; give a number above 0")
+        require_positive(self, "rounds", "warm_steps", "bound_draws", "checks")
         if self.seed < 0:
             raise ValueError(f"--seed {self.seed} is not allowed; give 0 or more")
 
@@ -123,18 +121,13 @@ def open_lab(config: BoltConfig, ranks: Ranks) -> Lab:
         subprocess.run([sys.executable, prepare, "--out", folder, "--seed", str(config.seed)], check=True)
     ranks.barrier()
     paths = {name: folder / f"{name}.jsonl" for name in ("gold", "raw", "held_out", "probes", "oracle")}
-    records = {name: read_corpus(str(path)) for name, path in paths.items() if name in paths and
-               (path.exists() or name in ("gold", "raw", "held_out"))}
+    records = {name: read_corpus(str(path)) for name, path in paths.items()
+               if path.exists() or name in ("gold", "raw", "held_out")}
     texts = texts_of([record for part in records.values() for record in part], config.encoding)
     tokenizer = tokenizer_for(texts, config.encoding)
     corpora = {name: encode_corpus(part, tokenizer) for name, part in records.items()}
     world_file = folder / "world.json"
     return Lab(config, ranks, tokenizer, corpora, World.from_json(world_file.read_text()) if world_file.exists() else None)
-
-
-def observed_places(documents: list[Document]) -> list[Place]:
-    """Every chunk that is evaluated: all but the given ones."""
-    return [(document, c) for document in documents for c, chunk in enumerate(document.chunks) if not chunk.given]
 
 
 # ---- evaluate --------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from data.layout import Document, Layout, Sequence, encode_corpus, read_corpus
 from data.loader import padded_batches
-from data.run import Ranks, open_run, option, parse_config, random_stream, script, start_ranks, write_jsonl
+from data.run import Ranks, open_run, option, parse_config, random_stream, require_positive, script, start_ranks, write_jsonl
 from data.tokens import Tokenizer
 from model import GPT, KVCache, load_checkpoint
 
@@ -43,9 +43,7 @@ class SampleConfig:
     seed: int = option(0, "of the draws and of the choice among them")
 
     def __post_init__(self):
-        for name in ("num_latents", "temperature", "max_latent_tokens", "slots", "block_documents", "score_tokens"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"--{name} {getattr(self, name)} is not allowed; give a number above 0")
+        require_positive(self, "num_latents", "temperature", "max_latent_tokens", "slots", "block_documents", "score_tokens")
 
 
 # ---- drawing a token -------------------------------------------------------------------------------------------

@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data.layout import LATENT, TEXT, Document, Layout, encode_corpus, read_corpus, texts_of
+from data.layout import LATENT, TEXT, Document, Layout, encode_corpus, observed_places, read_corpus, texts_of
 from data.loader import Batch, score_sequences, training_batches
-from data.run import Ranks, append_metrics, open_run, option, parse_config, script, start_ranks, trim_metrics
+from data.run import (Ranks, append_metrics, open_run, option, parse_config, require_positive, script, start_ranks,
+                      trim_metrics)
 from data.tokens import Tokenizer, tokenizer_for
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 
@@ -55,9 +56,7 @@ class TrainConfig:
     model: GPTConfig = option(GPTConfig(), "shape of a fresh model")
 
     def __post_init__(self):
-        for name in ("steps", "batch_tokens", "row_tokens", "learning_rate", "warmup", "decay", "clip", "checkpoint_every"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"--{name} {getattr(self, name)} is not allowed; give a number above 0")
+        require_positive(self, "steps", "batch_tokens", "row_tokens", "learning_rate", "warmup", "decay", "clip", "checkpoint_every")
         if self.micro_batch_rows < 0 or self.seed < 0:
             raise ValueError("--micro_batch_rows and --seed must not be negative")
         if self.model.vocab_size:
@@ -186,7 +185,7 @@ def train_step(model: GPT, forward, optimizers, batch: Batch, step: int, config:
 
 def direct_nll(model: GPT, layout: Layout, documents: list[Document], no_thought: bool, batch_tokens: int = 16384) -> float:
     """-log p(x | C) without a thought, in nats per observed token of the documents; `no_thought` marks x with SOL EOL."""
-    places = [(d, c) for d in documents for c, chunk in enumerate(d.chunks) if not chunk.given]
+    places = observed_places(documents)
     log_p = score_sequences(model, [layout.direct(d, c, no_thought) for d, c in places], batch_tokens)
     return -log_p.sum().item() / sum(len(d.chunks[c].suffix) for d, c in places)
 

@@ -75,6 +75,11 @@ def with_chunks(record: dict, encoding: str) -> dict:
     return record | {"chunks": [{"suffix": part} for part in parts]}
 
 
+def observed_places(documents: list[Document]) -> list[tuple[Document, int]]:
+    """Every chunk that is evaluated, as (document, its number there): all but the given ones."""
+    return [(document, c) for document in documents for c, chunk in enumerate(document.chunks) if not chunk.given]
+
+
 def read_corpus(path: str) -> list[dict]:
     """The lines of a corpus, checked against the data contract. Raises FileNotFoundError, ValueError with file:line."""
     if not os.path.isfile(path):

@@ -94,7 +94,7 @@ class Verdict:
 
 
 def verdicts(records: dict[str, dict], held_out: HeldOut, num_latents: int) -> list[Verdict]:
-    """What the run shows, decided by rules fixed before any run; a claim whose arms did not run is left out.
+    """What the run shows, decided by rules that know no figures; a claim whose arms did not run is left out.
 
     A figure beats another where the mean of the paired differences over held-out documents exceeds three of its standard
     errors. A round may not be worse than the one before by more than one standard error.
@@ -181,7 +181,8 @@ def rounds_table(records: dict[str, dict], held_out: HeldOut) -> list[str]:
     last, graded = rounds_of(records)[-1], "valid_before" in rounds_of(records)[-1]
     largest = max(int(name.split("_")[1]) for name in last if name.startswith("bound_"))
     rows = [f"| round | nats per token: elbo | K = 4 | K = {largest} | no thought | "
-            + "valid thoughts | distance to the posterior | " * graded + "documents left out | E-step: ess | unfinished | thought tokens |", "|---" * (9 + 2 * graded) + "|"]
+            + "valid thoughts | distance to the posterior | " * graded
+            + "documents left out | E-step: ess | unfinished | thought tokens |", "|---" * (9 + 2 * graded) + "|"]
     for number, record in enumerate(rounds_of(records)):
         chunk_tokens = record.get("chunk_tokens", mean(held_out.tokens))
         nats = [record["elbo_finished"], record.get("bound_4", math.nan), record[f"bound_{largest}"]]

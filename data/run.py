@@ -29,6 +29,13 @@ def option(default, help: str):
     return dataclasses.field(default=default, metadata={"help": help})
 
 
+def require_positive(config, *names: str) -> None:
+    """Raise ValueError for the first of these fields that is not above 0."""
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise ValueError(f"--{name} {getattr(config, name)} is not allowed; give a number above 0")
+
+
 def flatten(config, prefix: str = "") -> dict:
     """A config as {flag name: value}: {"steps": 300, "model.width": 64, ...}."""
     flat = {}
