@@ -38,7 +38,7 @@ from data.report import HeldOut, mean, model_rows, models_table, per_unit, read_
 from data.run import Ranks, open_run, option, parse_config, require_positive, script, start_ranks, write_whole
 from data.tokens import Tokenizer, tokenizer_for
 from model import GPT
-from sample_latents import Evidence, SampleConfig, e_step, generate, importance_bound, infer, vocabulary_mask
+from sample_latents import Evidence, SampleConfig, complete, e_step, importance_bound, infer
 from train import TrainConfig, TrainState, train
 
 # ---- config ----------------------------------------------------------------------------------------------------
@@ -91,10 +91,11 @@ class BoltConfig:
 
 @dataclass(frozen=True)
 class Lab:
-    """What every arm works with. gold has thoughts, raw has none; held_out and probes are for evaluation only; oracle is
-    raw with its true thoughts; world is the table behind the embedded corpus (None for others)."""
+    """What every arm works with: the corpora of `folder`. gold has thoughts, raw has none; held_out and probes are for
+    evaluation only; oracle is raw with its true thoughts; world is the table behind the embedded corpus (None for others)."""
     config: BoltConfig
     ranks: Ranks
+    folder: Path
     tokenizer: Tokenizer
     corpora: dict[str, list[Document]]
     world: World | None
@@ -127,7 +128,7 @@ def open_lab(config: BoltConfig, ranks: Ranks) -> Lab:
     tokenizer = tokenizer_for(texts, config.encoding)
     corpora = {name: encode_corpus(part, tokenizer) for name, part in records.items()}
     world_file = folder / "world.json"
-    return Lab(config, ranks, tokenizer, corpora, World.from_json(world_file.read_text()) if world_file.exists() else None)
+    return Lab(config, ranks, folder, tokenizer, corpora, World.from_json(world_file.read_text()) if world_file.exists() else None)
 
 
 # ---- evaluate --------------------------------------------------------------------------------------------------
@@ -167,21 +168,14 @@ def answers_right(lab: Lab, model: GPT, documents: list[Document], mode: str) ->
     A thought that reaches the cap is closed there, since an answer is wanted all the same.
     """
     layout, places = lab.layout, [(document, len(document.chunks) - 1) for document in documents]
-    markers = layout.tokenizer.marker.values()
-
-    def complete(prompts, ends, length):
-        banned = [i for i in markers if i not in ends]
-        return generate(model, prompts, torch.zeros(len(prompts), 1, length), stop=vocabulary_mask(model, *ends),
-                        banned=vocabulary_mask(model, *banned), slots=lab.config.sample.slots, greedy=True).ids
-
     if mode == "thought":
         prompts = [layout.prior_prompt(*place) for place in places]
-        thoughts = complete(prompts, [layout.eol], lab.config.sample.max_latent_tokens)
+        thoughts = complete(model, layout, prompts, [layout.eol], lab.config.sample.max_latent_tokens)
         prompts = [prompt + thought + [layout.eol] for prompt, thought in zip(prompts, thoughts)]
     else:
         prompts = [layout.direct_prompt(*place, no_thought=mode == "no_thought") for place in places]
     longest = max(len(document.chunks[c].suffix) for document, c in places)
-    answers = complete(prompts, [layout.eos, layout.sol], longest + 2)
+    answers = complete(model, layout, prompts, [layout.eos, layout.sol], longest + 2)
     return [final_answer(layout.tokenizer.decode(ids)) == document.record.get("answer")
             for ids, document in zip(answers, documents)]
 
@@ -285,7 +279,7 @@ def em(lab: Lab, arm: str, num_latents: int) -> None:
     for t in tqdm(range(1, lab.config.rounds + 1), desc=f"{arm} rounds", leave=False, disable=not lab.ranks.main):
         name = f"{arm}/round_{t}"
         out = f"{lab.config.out}/{name}/latents.jsonl"
-        summary = e_step(model, lab.tokenizer, lab.corpora["raw"], sample, t, out, lab.ranks)     # z ~ q, kept by p / q
+        summary = e_step(model, lab.tokenizer, f"{lab.folder}/raw.jsonl", sample, t, out, lab.ranks)   # z ~ q, kept by p / q
         latents = encode_corpus(read_corpus(out), lab.tokenizer)
         model, state = fit(lab, latents, m_step(lab, t), name, base)                              # fit p(z, x), q(z | x)
         passes += summary["prefilled_tokens"] + summary["sampled_tokens"] + summary["scored_tokens"] + 3 * state.tokens

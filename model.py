@@ -5,15 +5,17 @@
 Shapes: B rows, T positions, S slots of the KV cache, V vocabulary, E width, H heads, G key-value heads, D head size.
 Log-probabilities are float32 and in nats, whatever dtype the network computes in.
 """
-import copy
 import math
 import os
 from dataclasses import asdict, dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+
+SLAB = 2 ** 24      # logits in memory at once, 64 MiB in float32
 
 # ---- config ----------------------------------------------------------------------------------------------------
 
@@ -46,56 +48,140 @@ class GPTConfig:
 
 # ---- KV cache --------------------------------------------------------------------------------------------------
 
-class KVCache:
-    """Keys and values of past tokens, (layer, row, kv head, slot, head dim). Slot = position.
+class Prompts:
+    """Keys and values of prompts, (layer, prompt, kv head, slot, head dim): computed once, read by all that continue them.
 
-    The token at position p of a row lies in slot p, and a query at p sees the slots <= p. So rows may have different
-    lengths: what padding left behind in later slots is overwritten before any query may look at it.
+    Slot = position. `lengths` (P,) is how many slots of each prompt count; what padding left in later ones is never seen.
     """
+    positions = None        # a prompt starts at position 0
 
-    def __init__(self, config: GPTConfig, rows: int, slots: int, device, dtype=torch.float32):
-        shape = (config.layers, rows, config.kv_heads, slots, config.head_size)
+    def __init__(self, config: GPTConfig, prompts: int, slots: int, device, dtype):
+        shape = (config.layers, prompts, config.kv_heads, slots, config.head_size)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = torch.zeros(prompts, dtype=torch.long, device=device)
 
-    def write(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        """keys, values: (B, G, T, D), stored in the slots `positions` (B, T) of their rows."""
-        rows = torch.arange(len(positions), device=positions.device)[:, None]
-        self.keys[layer][rows, :, positions] = keys.transpose(1, 2).to(self.keys.dtype)
-        self.values[layer][rows, :, positions] = values.transpose(1, 2).to(self.values.dtype)
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention of whole prompts, whose keys and values are kept. q (P, H, T, D), k and v (P, G, T, D)."""
+        self.keys[layer], self.values[layer] = k, v
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
-    def read(self, layer: int, slots: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the first `slots` slots: two views (B, G, slots, D)."""
-        return self.keys[layer, :, :, :slots], self.values[layer, :, :, :slots]
-
-    def rows(self, rows) -> "KVCache":
-        """The cache of some rows: a view for a slice, a copy for a mask."""
-        part = copy.copy(self)
-        part.keys, part.values = self.keys[:, rows], self.values[:, rows]
-        return part
-
-    def copy_rows(self, rows: Tensor, source: "KVCache", source_rows: Tensor) -> None:
-        """Put rows of another cache, with as many slots or fewer, into rows of this one: a prompt goes to its draws."""
+    def copy(self, to: int, source: "Prompts", place: int) -> None:
+        """Put a prompt of another cache, which has as many slots or fewer, into a place of this one."""
         slots = source.keys.shape[3]
-        self.keys[:, rows, :, :slots] = source.keys[:, source_rows]
-        self.values[:, rows, :, :slots] = source.values[:, source_rows]
+        self.lengths[to] = source.lengths[place]
+        self.keys[:, to, :, :slots], self.values[:, to, :, :slots] = source.keys[:, place], source.values[:, place]
+
+    def grow(self) -> None:
+        """Make room for twice as many prompts."""
+        self.keys, self.values = (torch.cat([x, torch.zeros_like(x)], dim=1) for x in (self.keys, self.values))
+        self.lengths = torch.cat([self.lengths, torch.zeros_like(self.lengths)])
+
+
+class Branches:
+    """Rows that continue prompts, any number after each. A row attends to its prompt's slots and to its own.
+
+    Rows of a prompt are brought together (P prompts x R rows, padded), so that its keys and values are read once for all
+    of them and never copied; reading them row by row takes most of the time of decoding.
+    """
+
+    def __init__(self, prompts: Prompts):
+        self.prompts = prompts
+
+    def arrange(self, prompt_of: np.ndarray) -> None:
+        """Say which prompt each row continues, (B,)."""
+        used, group, counts = np.unique(prompt_of, return_inverse=True, return_counts=True)
+        number = np.empty_like(group)                                     # of a row among those of its prompt
+        number[group.argsort(kind="stable")] = np.arange(len(group)) - np.repeat(counts.cumsum() - counts, counts)
+        device, self.shape = self.prompts.keys.device, (len(used), int(counts.max()))
+        self.where = torch.from_numpy(group * self.shape[1] + number).to(device)
+        self.used = slice(len(used)) if used[-1] == len(used) - 1 else torch.from_numpy(used).to(device)
+        self.starts = self.prompts.lengths[torch.from_numpy(prompt_of).to(device)]
+
+    def place(self, slots: Tensor, own_slots: int, prompt_slots: int) -> None:
+        """Say which of its own slots each new token takes, (B, T), and how many slots there are to look at, at most."""
+        device = slots.device
+        prompt = torch.arange(prompt_slots, device=device) < self.starts[:, None, None]               # (B, 1, Sp)
+        own = torch.arange(own_slots, device=device) <= slots[:, :, None]                             # (B, T, So)
+        seen = torch.cat([prompt.expand(-1, slots.shape[1], -1), own], dim=-1)
+        self.bias = torch.zeros(seen.shape, device=device).masked_fill_(~seen, -math.inf)[:, None, None]
+        self.positions, self.own_slots, self.prompt_slots = self.starts[:, None] + slots, own_slots, prompt_slots
+
+    def own(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the rows' own slots: those of the tokens at hand, which start at slot 0."""
+        return k, v
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of new tokens, q (B, H, T, D), k and v (B, G, T, D): one softmax over [prompt's slots | own slots]."""
+        (B, H, T, D), G = q.shape, k.shape[1]
+        own_k, own_v = self.own(layer, k, v)                                                          # (B, G, So, D)
+        prompt_k = self.prompts.keys[layer, self.used, :, :self.prompt_slots]                         # (P, G, Sp, D)
+        prompt_v = self.prompts.values[layer, self.used, :, :self.prompt_slots]
+        q = (q * D ** -0.5).reshape(B, G, H // G * T, D)        # the queries of a kv head, so that it is not expanded
+        scores = torch.cat([self.apart(self.together(q) @ prompt_k.mT), q @ own_k.mT], dim=-1)
+        scores = scores.float().view(B, G, H // G, T, -1) + self.bias
+        weights = scores.softmax(dim=-1).to(v.dtype).view(B, G, H // G * T, -1)
+        prompt_w, own_w = weights.tensor_split([self.prompt_slots], dim=-1)
+        y = self.apart(self.together(prompt_w) @ prompt_v) + own_w @ own_v
+        return y.view(B, H, T, D)
+
+    def together(self, x: Tensor) -> Tensor:
+        """(B, G, N, D) of rows -> (P, G, R N, D) of prompts, zero where a prompt has fewer than R rows."""
+        (P, R), (_, G, N, D) = self.shape, x.shape
+        padded = x.new_zeros(P * R, G, N, D).index_copy_(0, self.where, x)
+        return padded.view(P, R, G, N, D).transpose(1, 2).reshape(P, G, R * N, D)
+
+    def apart(self, x: Tensor) -> Tensor:
+        """The inverse of `together`."""
+        (P, R), (_, G, RN, D) = self.shape, x.shape
+        return x.view(P, G, R, RN // R, D).transpose(1, 2).reshape(P * R, G, RN // R, D)[self.where]
+
+
+class DecodingBranches(Branches):
+    """Branches that grow token by token: keys and values of their own slots are kept, (layer, row, kv head, slot, head dim).
+
+    Slots are read in steps of STEP: matrix products of a few entries take a slow path on CPUs, and shapes stay few.
+    """
+    STEP = 16
+
+    def __init__(self, prompts: Prompts, rows: int, slots: int):
+        super().__init__(prompts)
+        layers, _, kv_heads, _, head_size = prompts.keys.shape
+        self.keys = prompts.keys.new_zeros(layers, rows, kv_heads, math.ceil(slots / self.STEP) * self.STEP, head_size)
+        self.values = torch.zeros_like(self.keys)
+
+    def place(self, slots: Tensor, own_slots: int, prompt_slots: int) -> None:
+        super().place(slots, math.ceil(own_slots / self.STEP) * self.STEP, prompt_slots)
+        G, S = self.keys.shape[2:4]
+        heads = torch.arange(len(slots) * G, device=slots.device).view(-1, G, 1)
+        self.into = (heads * S + slots[:, None]).flatten()                # of (row, kv head, slot), for each new (B, G, T)
+
+    def own(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        D, rows = k.shape[3], slice(len(k))
+        self.keys[layer].view(-1, D).index_copy_(0, self.into, k.reshape(-1, D))
+        self.values[layer].view(-1, D).index_copy_(0, self.into, v.reshape(-1, D))
+        return self.keys[layer, rows, :, :self.own_slots], self.values[layer, rows, :, :self.own_slots]
+
+    def move(self, to: np.ndarray, source: np.ndarray) -> None:
+        """Copy rows over others."""
+        for a, b in zip(to, source):
+            self.keys[:, a], self.values[:, a] = self.keys[:, b], self.values[:, b]
 
 
 # ---- the network -----------------------------------------------------------------------------------------------
 
 def rotary_table(config: GPTConfig) -> Tensor:
-    """cos and sin of position x frequency: (2, context + 1, D / 2), float32. The last position is for padding."""
+    """cos and signed sin of position x frequency: (2, context, D), float32. See `rotate`."""
     half = config.head_size // 2
     frequencies = config.rope_base ** (-torch.arange(half, dtype=torch.float32) / half)
-    angles = torch.arange(config.context + 1, dtype=torch.float32)[:, None] * frequencies
-    return torch.stack([angles.cos(), angles.sin()])
+    angles = torch.arange(config.context, dtype=torch.float32)[:, None] * frequencies
+    return torch.stack([angles.cos().repeat(1, 2), torch.cat([-angles.sin(), angles.sin()], dim=-1)])
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Rotate feature i with feature i + D/2 (the half-rotated convention). x (B, H, T, D), rotary (2, [B, 1,] T, D/2)."""
+    """Rotate feature i with feature i + D/2 (the half-rotated convention). x (B, H, T, D), rotary (2, [B, 1,] T, D)."""
     cos, sin = rotary
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -107,16 +193,16 @@ class Attention(nn.Module):
         self.value = nn.Linear(config.width, config.kv_heads * config.head_size, bias=False)
         self.out = nn.Linear(config.heads * config.head_size, config.width, bias=False)
 
-    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: KVCache | None, positions) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: Prompts | Branches | None) -> Tensor:
         B, T, E = x.shape
         q = rotate(self.query(x).view(B, T, self.heads, self.head_size).transpose(1, 2), rotary)      # (B, H, T, D)
         k = rotate(self.key(x).view(B, T, self.kv_heads, self.head_size).transpose(1, 2), rotary)     # (B, G, T, D)
         v = self.value(x).view(B, T, self.kv_heads, self.head_size).transpose(1, 2)                   # (B, G, T, D)
         if cache is not None:
-            cache.write(self.layer, k, v, positions)
-            k, v = cache.read(self.layer, slots=mask.shape[-1])                                       # (B, G, S, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                           enable_gqa=self.heads != self.kv_heads)
+            y = cache.attend(self.layer, q, k, v)                                                     # (B, H, T, D)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                               enable_gqa=self.heads != self.kv_heads)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -137,8 +223,8 @@ class Block(nn.Module):
         self.attention_norm, self.attention = nn.RMSNorm(config.width, eps=1e-5), Attention(config, layer)
         self.mlp_norm, self.mlp = nn.RMSNorm(config.width, eps=1e-5), MLP(config)
 
-    def forward(self, x: Tensor, rotary: Tensor, mask, cache, positions) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotary, mask, cache, positions)
+    def forward(self, x: Tensor, rotary: Tensor, mask, cache) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotary, mask, cache)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -176,41 +262,52 @@ class GPT(nn.Module):
                     std /= math.sqrt(2 * self.config.layers)
                 weight.copy_(torch.randn(weight.shape, generator=generator) * std)
 
-    def hidden(self, ids: Tensor, document: Tensor | None = None,
-               cache: KVCache | None = None, positions: Tensor | None = None, slots: int = 0) -> Tensor:
+    def hidden(self, ids: Tensor, document: Tensor | None = None, cache: Prompts | Branches | None = None) -> Tensor:
         """The last hidden states, (B, T, E).
 
-        ids: (B, T). document: (B, T) numbers the documents packed in a row; a token sees its own only.
-        With a cache: `positions` (B, T) says where each token stands, `slots` how many slots of the cache are read
-        (one more than the largest position).
+        ids: (B, T). document: (B, T) numbers the documents packed in a row; a token sees its own only. cache: prompts to
+        be filled, or branches that continue them.
         """
         B, T = ids.shape
         if T > self.config.context:
             raise ValueError(f"{T} tokens do not fit the context of {self.config.context}; raise --model.context")
-        if cache is not None:
-            mask = torch.arange(slots, device=ids.device) <= positions[:, None, :, None]              # (B, 1, T, S)
-            rotary = self.rotary[:, positions][:, :, None]                                            # (2, B, 1, T, D/2)
+        mask = None if document is None else same_document_and_causal(document)                       # (B, 1, T, T)
+        if cache is None or cache.positions is None:
+            rotary = self.rotary[:, :T]                                                               # (2, T, D)
         else:
-            mask = None if document is None else same_document_and_causal(document)                   # (B, 1, T, T)
-            rotary = self.rotary[:, :T]                                                               # (2, T, D/2)
-        x = self.embedding(ids)                                                                       # (B, T, E)
+            positions = cache.positions.clamp(max=self.config.context - 1)      # beyond it stands padding only
+            rotary = self.rotary[:, positions][:, :, None]                                            # (2, B, 1, T, D)
+        x = self.embedding(ids).to(self.dtype)                                                        # (B, T, E)
         for block in self.blocks:
-            x = block(x, rotary, mask, cache, positions)
-        return self.norm(x)
+            x = block(x, rotary, mask, cache)
+        return self.norm(x.to(self.norm.weight.dtype))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., E) -> (..., V) float32."""
         return self.head(hidden).float()
 
+    def log_probs(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """log p(target) after each hidden state, (N, E) and (N,) -> (N,) float32, nats; 0 where a target is negative.
+
+        Every log-probability of the project. Logits are made a slab at a time, so (N, V) is never whole in memory.
+        """
+        slab, log_p = max(1, SLAB // self.config.vocab_size), []
+        for h, target in zip(hidden.split(slab), targets.clamp(min=-1).split(slab)):
+            log_p.append(-F.cross_entropy(self.logits(h), target, ignore_index=-1, reduction="none"))
+        return torch.cat(log_p)
+
     def forward(self, ids: Tensor, targets: Tensor, document: Tensor | None = None,
-                cache: KVCache | None = None, positions: Tensor | None = None, slots: int = 0) -> Tensor:
+                cache: Prompts | Branches | None = None) -> Tensor:
         """log p(target | the tokens up to and with its position), (B, T) float32, nats; 0 where a target is negative.
 
         ids, targets: (B, T) integers; targets[b, t] is what follows ids[b, t]. The other arguments: see `hidden`.
         """
-        logits = self.logits(self.hidden(ids, document, cache, positions, slots))                     # (B, T, V)
-        nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten().clamp(min=-1), ignore_index=-1, reduction="none")
-        return -nll.view(targets.shape)
+        return self.log_probs(self.hidden(ids, document, cache).flatten(0, 1), targets.flatten()).view(targets.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the blocks compute in. Embedding, last norm and head stay in float32, and so do the logits."""
+        return self.blocks[0].mlp.out.weight.dtype
 
     def num_parameters(self) -> int:
         """Parameters that multiply activations: all but an embedding table of its own."""
@@ -240,17 +337,27 @@ def save_checkpoint(path: str, model: GPT, **state) -> None:
     os.replace(temporary, path)
 
 
-def load_checkpoint(path: str, device="cpu") -> tuple[GPT, dict]:
-    """The model on `device` and the other things saved with it.
+def read_checkpoint(path: str) -> dict:
+    """What `save_checkpoint` wrote, with "model_config" and "model". The weights stay on disk until they are used.
 
     Raises FileNotFoundError where there is no file, ValueError where it is not a checkpoint of this project.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint at {path!r}; make one with: python train.py --out {os.path.dirname(path)}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        model = GPT(GPTConfig(**state.pop("model_config")))
-        model.load_state_dict(state.pop("model"))
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state["model_config"] = GPTConfig(**state["model_config"])
     except Exception as error:
+        raise ValueError(f"{path!r} is not a whole checkpoint of nanoBoLT ({type(error).__name__})") from error
+    return state
+
+
+def load_checkpoint(path: str, device="cpu") -> tuple[GPT, dict]:
+    """The model on `device` and the other things saved with it. Raises what `read_checkpoint` does."""
+    state = read_checkpoint(path)
+    model = GPT(state.pop("model_config"))
+    try:
+        model.load_state_dict(state.pop("model"))
+    except (KeyError, RuntimeError) as error:
         raise ValueError(f"{path!r} is not a whole checkpoint of nanoBoLT ({type(error).__name__})") from error
     return model.to(device), state

@@ -10,25 +10,35 @@ Ids are sampled, the same ids are scored, and the same ids are trained on: no te
 
 Shapes: N chunks, K draws each, L most new tokens of a draw, S slots (rows that decode together), V vocabulary.
 """
+import copy
 import hashlib
+import itertools
 import json
 import math
 import os
+import re
 import shutil
 import time
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Callable, Iterable, Iterator, Literal
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data.layout import Document, Layout, Sequence, encode_corpus, read_corpus
-from data.loader import padded_batches
-from data.run import Ranks, open_run, option, parse_config, random_stream, require_positive, script, start_ranks, write_jsonl
+from data.layout import Document, Layout, Sequence, numbered_lines, read_document, stream_corpus
+from data.loader import length_batches, padded, summed_log_probs
+from data.run import (Ranks, join_files, open_run, option, parse_config, random_stream, require_positive, script, start_ranks,
+                      write_jsonl)
 from data.tokens import Tokenizer
-from model import GPT, KVCache, load_checkpoint
+from model import GPT, Branches, DecodingBranches, Prompts, load_checkpoint, read_checkpoint
 
+
+PREFILL_TOKENS = 4096       # of the prompts that are prefilled together
 
 # ---- config ----------------------------------------------------------------------------------------------------
 
@@ -40,6 +50,10 @@ class SampleConfig:
     slots: int = option(512, "rows that decode together")
     block_documents: int = option(1000, "documents per block; a block is drawn, scored and written as one")
     score_tokens: int = option(4096, "tokens per batch when scoring")
+    keep: Literal["one", "all"] = option("one", "what stays of the K thoughts: the chosen one, or all with their weights, of which "
+                                                "training picks one afresh each epoch")
+    redraw: bool = option(False, "draw anew for chunks that have a latent")
+    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "what the blocks compute in; auto: bfloat16 on CUDA")
     seed: int = option(0, "of the draws and of the choice among them")
 
     def __post_init__(self):
@@ -53,17 +67,35 @@ def proposal_log_probs(logits: Tensor, temperature: float, banned: Tensor) -> Te
 
     logits (B, V), banned (V,) bool. Never truncated (no top-k, no top-p): importance sampling needs the whole support.
     """
-    return (logits / temperature).masked_fill(banned, -math.inf).log_softmax(dim=-1)
+    bias = torch.zeros(banned.shape, device=logits.device).masked_fill_(banned, -math.inf)
+    return torch.add(bias, logits, alpha=1 / temperature).log_softmax(dim=-1)
 
 
 def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     """The index that each uniform number picks: (B, V) and (B,) -> (B,). An entry of probability 0 is never picked.
 
-    The uniforms are multiples of 2^-23 below 1, so that uniform x total stays below the total in float32. No binary
-    search: a parallel cumsum, as on CUDA, is not quite monotone, and an entry of probability 0 could be hit.
+    First a block of about sqrt(V) entries by the masses of the blocks, then an entry of it. The uniforms are multiples of
+    2^-23 below 1, so that uniform x total stays below the total in float32.
     """
-    cdf = probabilities.cumsum(dim=-1).where(probabilities > 0, 0.0)
-    return (cdf > uniforms[:, None] * cdf.amax(dim=-1, keepdim=True)).int().argmax(dim=-1)      # the first that exceeds
+    V = probabilities.shape[-1]
+    size = 1 << V.bit_length() // 2
+    blocks = F.pad(probabilities, (0, -V % size)).unflatten(-1, (-1, size))                   # (B, V / size, size)
+    masses = blocks.sum(dim=-1)
+    block, rest = first_above(masses, uniforms * masses.sum(dim=-1))
+    inside, _ = first_above(blocks[torch.arange(len(block), device=block.device), block], rest)
+    return block * size + inside
+
+
+def first_above(masses: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The first entry where the running sum of masses (B, n) exceeds the target (B,), and the target less what is before it.
+
+    No binary search: a parallel cumsum, as on CUDA, is not quite monotone, and an entry of mass 0 could be hit.
+    """
+    cdf = masses.cumsum(dim=-1).where(masses > 0, 0.0)
+    targets = torch.minimum(targets, cdf.amax(dim=-1) * (1 - 2 ** -23))[:, None]
+    index = (cdf > targets).int().argmax(dim=-1, keepdim=True)
+    rest = targets - (cdf - masses).gather(1, index)
+    return index.squeeze(1), rest.clamp(min=0).squeeze(1)
 
 
 def uniform_numbers(seed: int, purpose: str, labels: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
@@ -80,6 +112,7 @@ class Generated:
     ids: list[list[int]]
     log_prob: Tensor        # (N K,) float32
     finished: Tensor        # (N K,) bool
+    row_steps: int          # that were computed: tokens drawn, and those of rows whose draw had ended
 
     @property
     def num_tokens(self) -> int:
@@ -87,68 +120,152 @@ class Generated:
         return sum(map(len, self.ids)) + int(self.finished.sum())
 
 
-def prefill(model: GPT, prompts: list[list[int]], batch_rows: int = 128) -> KVCache:
-    """Keys and values of the prompts, a row each. Shorter prompts leave padding in later slots, which decoding
-    overwrites before it looks there. The last token of a prompt is only fed in decoding, as its first step."""
-    device, longest = model.embedding.weight.device, max(map(len, prompts))
-    cache = KVCache(model.config, len(prompts), longest, device)
-    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, :len(prompt)] = torch.tensor(prompt)
-    for start in range(0, len(prompts), batch_rows):
-        part = ids[start:start + batch_rows].to(device)
-        positions = torch.arange(longest, device=device).expand(part.shape)
-        model.hidden(part, cache=cache.rows(slice(start, start + batch_rows)), positions=positions, slots=longest)
+def prefill(model: GPT, prompts: list[list[int]]) -> Prompts:
+    """Keys and values of some prompts, but for the last token of each: what continues a prompt feeds that one first."""
+    weight, longest = model.embedding.weight, max(map(len, prompts)) - 1
+    cache = Prompts(model.config, len(prompts), longest, weight.device, weight.dtype)
+    cache.lengths[:] = torch.tensor([len(prompt) - 1 for prompt in prompts])
+    if longest:
+        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            ids[row, :len(prompt) - 1] = torch.tensor(prompt[:-1])
+        model.hidden(ids.to(weight.device), cache=cache)
     return cache
+
+
+def compaction(used: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What moves where so that the places in use come first: (places that are free, used places from beyond)."""
+    count = int(used.sum())
+    return np.flatnonzero(~used[:count]), count + np.flatnonzero(used[count:])
+
+
+class Slots:
+    """The rows that decode together. When a draw ends its row takes the next one at once, of whatever prompt.
+
+    What decides lies on the host: of each row its age (tokens drawn so far) and its seat, the place of its prompt among
+    those at hand. Rows and seats in use come first, so that each are read in one piece. The device is asked only which
+    draws have ended: after every step on a CPU, where that is free, else now and then; what a row draws after its end
+    goes to a draw that nobody reads.
+    """
+
+    def __init__(self, model: GPT, prompts: list[list[int]], uniforms: Tensor, rows: int):
+        (N, K, L), device, dtype = uniforms.shape, model.embedding.weight.device, model.embedding.weight.dtype
+        self.model, self.prompts, self.K, self.L, self.nobody = model, prompts, K, L, N * K
+        self.steps, self.row_steps, self.done, rows = 0, 0, 0, min(rows, N * K)
+        self.check_every = 1 if device.type == "cpu" else 8
+        self.arrivals, self.waiting, self.waiting_seat = self.prefilled(), range(0), 0    # prompts; draws of the last seated
+        self.seated = Prompts(model.config, 2 + 2 * rows // K, max(map(len, prompts)) - 1, device, dtype)
+        self.branches = DecodingBranches(self.seated, rows, L)
+        # of each row, on the host and on the device
+        self.age, self.seat, self.prompt_tokens = (np.full(rows, value) for value in (L, -1, 0))
+        self.draw = torch.full((rows,), self.nobody, device=device)
+        self.token = torch.zeros(rows, dtype=torch.long, device=device)
+        # of each draw, and of nobody
+        self.uniforms = F.pad(uniforms.reshape(N * K, L), (0, 0, 0, 1)).to(device)
+        self.ids = torch.zeros(N * K + 1, L, dtype=torch.long, device=device)
+        self.log_prob = torch.zeros(N * K + 1, device=device)
+
+    def prefilled(self) -> Iterator[tuple[int, Prompts, int]]:
+        """Every prompt with its place in a cache; those of like length are prefilled together, when they are wanted."""
+        for batch in length_batches([len(prompt) for prompt in self.prompts], PREFILL_TOKENS):
+            cache = prefill(self.model, [self.prompts[n] for n in batch])
+            for place, n in enumerate(batch):
+                yield n, cache, place
+
+    def seat_next(self) -> bool:
+        """Give the next prompt a seat that no row uses, so that its draws wait for rows. False where there is none."""
+        n, cache, place = next(self.arrivals, (None, None, 0))
+        if n is None:
+            return False
+        self.waiting = range(n * self.K, (n + 1) * self.K)
+        self.waiting_seat = min(set(range(len(self.seat) + 1)).difference(self.seat.tolist()))
+        if self.waiting_seat == len(self.seated.lengths):
+            self.seated.grow()
+        self.seated.copy(self.waiting_seat, cache, place)
+        return True
+
+    def refill(self) -> int:
+        """Rows whose draw has ended take the next ones, or are closed where none waits; the number of rows left."""
+        ended = self.age == self.L
+        if self.steps % self.check_every == 0:
+            ended |= (self.draw == self.nobody).cpu().numpy()
+        rows, draws = np.flatnonzero(ended), []
+        self.done += len(rows) if self.steps else 0
+        self.seat[rows] = -1
+        while len(draws) < len(rows) and (self.waiting or self.seat_next()):
+            taken = self.waiting[:len(rows) - len(draws)]
+            self.seat[rows[len(draws):len(draws) + len(taken)]] = self.waiting_seat
+            self.waiting = self.waiting[len(taken):]
+            draws += taken
+        if draws:
+            filled, prompts = rows[:len(draws)], [self.prompts[draw // self.K] for draw in draws]
+            self.age[filled], self.prompt_tokens[filled] = 0, [len(prompt) - 1 for prompt in prompts]
+            self.draw[filled] = torch.tensor(draws, device=self.draw.device)
+            self.token[filled] = torch.tensor([prompt[-1] for prompt in prompts], device=self.draw.device)
+        if len(draws) < len(rows):
+            self.close_rows()
+        if len(rows) and len(self.seat):
+            self.close_seats()
+            self.branches.arrange(self.seat)
+        return len(self.seat)
+
+    def close_rows(self) -> None:
+        """Bring the rows in use to the front and drop the others."""
+        used = self.seat >= 0
+        free, moved = compaction(used)
+        self.branches.move(free, moved)
+        for name in ("age", "seat", "prompt_tokens", "draw", "token"):
+            column = getattr(self, name)
+            column[free] = column[moved]
+            setattr(self, name, column[:int(used.sum())])
+
+    def close_seats(self) -> None:
+        """Bring the seats in use to the front."""
+        for free, moved in zip(*compaction(np.bincount(self.seat) > 0)):
+            self.seated.copy(free, self.seated, moved)
+            self.seat[self.seat == moved] = free
+            self.waiting_seat = free if self.waiting_seat == moved else self.waiting_seat
+
+    def step(self, choose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], stop: Tensor) -> None:
+        """Every row draws a token: `choose(logits, uniforms)` gives it and its log-probability."""
+        age = torch.from_numpy(self.age).to(self.token.device)
+        self.branches.place(age[:, None], int(self.age.max()) + 1, int(self.prompt_tokens.max()))
+        hidden = self.model.hidden(self.token[:, None], cache=self.branches)
+        self.token, log_q = choose(self.model.logits(hidden[:, 0]), self.uniforms[self.draw, age])
+        self.ids[self.draw, age] = self.token
+        self.log_prob[self.draw] += log_q
+        self.draw = self.draw.masked_fill(stop[self.token], self.nobody)
+        self.age += 1
+        self.steps += 1
+        self.row_steps += len(self.age)
 
 
 @torch.inference_mode()
 def generate(model: GPT, prompts: list[list[int]], uniforms: Tensor, *, stop: Tensor, banned: Tensor,
-             temperature: float = 1.0, slots: int = 512, greedy: bool = False) -> Generated:
+             temperature: float = 1.0, slots: int = 512, greedy: bool = False,
+             progress: Callable[[int, int], None] = lambda draws, tokens: None) -> Generated:
     """Decode K continuations of each of N prompts, until a stop id or for L tokens at most.
 
-    uniforms: (N, K, L), a number for every token that may be drawn. stop, banned: (V,) bool. The slots hold as many
-    draws as fit; when a draw ends its slot takes the next one, so no draw waits for the longest.
+    uniforms: (N, K, L), a number for every token that may be drawn. stop, banned: (V,) bool. Each prompt is prefilled
+    once for its K draws; `slots` rows decode together. progress(draws, tokens) is told how far it is before each step.
     """
-    N, K, L = uniforms.shape
-    check_room(model, prompts, L)
-    device, total = model.embedding.weight.device, N * K
-    stop, banned, uniforms = stop.to(device), banned.to(device), uniforms.reshape(total, L).to(device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    last_ids = torch.tensor([prompt[-1] for prompt in prompts], device=device)
-    prompt_cache = prefill(model, prompts)
-    slots = min(slots, total)
-    cache = KVCache(model.config, slots, int(lengths.max()) + L, device)
+    check_room(model, prompts, uniforms.shape[2])
+    device, total = model.embedding.weight.device, uniforms.shape[0] * uniforms.shape[1]
+    stop, banned = stop.to(device), banned.to(device)
 
-    ids = torch.zeros(total, L, dtype=torch.long, device=device)
-    count = torch.zeros(total, dtype=torch.long, device=device)         # new tokens of each draw so far
-    log_prob = torch.zeros(total, device=device)
-    finished = torch.zeros(total, dtype=torch.bool, device=device)
-    draw = torch.arange(slots, device=device)                           # (S,) the draw that a slot holds
-    cache.copy_rows(draw, prompt_cache, draw // K)
-    token, waiting = last_ids[draw // K], slots                         # (S,); the first draw still without a slot
+    def choose(logits, uniforms):
+        log_q = proposal_log_probs(logits, temperature, banned)                               # (S, V)
+        token = log_q.argmax(dim=-1) if greedy else inverse_cdf(log_q.exp(), uniforms)
+        return token, log_q.gather(1, token[:, None]).squeeze(1)
 
-    while len(draw):
-        position = lengths[draw // K] - 1 + count[draw]                 # (S,)
-        hidden = model.hidden(token[:, None], cache=cache, positions=position[:, None], slots=int(position.max()) + 1)
-        log_q = proposal_log_probs(model.logits(hidden[:, 0]), temperature, banned)           # (S, V)
-        token = log_q.argmax(dim=-1) if greedy else inverse_cdf(log_q.exp(), uniforms[draw, count[draw]])
-        log_prob[draw] += log_q.gather(1, token[:, None]).squeeze(1)
-        ids[draw, count[draw]] = token
-        finished[draw] = stop[token]
-        count[draw] += 1
-        ended = (stop[token] | (count[draw] == L)).nonzero().squeeze(1)
-        refill = ended[:total - waiting]                                # slots that take the next draws
-        draw[refill] = torch.arange(waiting, waiting + len(refill), device=device)
-        waiting += len(refill)
-        cache.copy_rows(refill, prompt_cache, draw[refill] // K)
-        token[refill] = last_ids[draw[refill] // K]
-        if len(ended) > len(refill):                                    # nothing waits: drop the rows that ended
-            alive = torch.ones(len(draw), dtype=torch.bool, device=device)
-            alive[ended[len(refill):]] = False
-            draw, token, cache = draw[alive], token[alive], cache.rows(alive)
-    lengths = (count - finished.long()).tolist()
-    return Generated([row[:n] for row, n in zip(ids.tolist(), lengths)], log_prob.cpu(), finished.cpu())
+    rows = Slots(model, prompts, uniforms, slots)
+    while rows.refill():
+        progress(rows.done, rows.row_steps)
+        rows.step(choose, stop)
+    ids, stopped = rows.ids[:total].cpu(), stop[rows.ids[:total]].cpu()
+    finished = stopped.any(dim=-1)
+    lengths = stopped.int().argmax(dim=-1).where(finished, ids.shape[1]).tolist()
+    return Generated([row[:n] for row, n in zip(ids.tolist(), lengths)], rows.log_prob[:total].cpu(), finished, rows.row_steps)
 
 
 def check_room(model: GPT, prompts: list[list[int]], new_tokens: int) -> None:
@@ -170,9 +287,9 @@ def vocabulary_mask(model: GPT, *ids: int) -> Tensor:
 Place = tuple[Document, int]        # a chunk: its document and its number there
 
 
-def places_to_infer(document: Document) -> list[Place]:
-    """The chunks of a document that want a thought: observed, and without one."""
-    return [(document, c) for c, chunk in enumerate(document.chunks) if not chunk.given and chunk.latent is None]
+def places_to_infer(document: Document, redraw: bool = False) -> list[Place]:
+    """The chunks of a document that want a thought: observed, and without one unless all are drawn anew."""
+    return [(document, c) for c, chunk in enumerate(document.chunks) if not chunk.given and (redraw or chunk.latent is None)]
 
 
 def latent_uniforms(seed: int, round: int, document: int, chunk: int, num_latents: int, max_tokens: int) -> Tensor:
@@ -185,7 +302,8 @@ def latent_uniforms(seed: int, round: int, document: int, chunk: int, num_latent
     return torch.cat(blocks, dim=1)[:, :max_tokens]
 
 
-def propose(model: GPT, layout: Layout, places: list[Place], config: SampleConfig, round: int) -> Generated:
+def propose(model: GPT, layout: Layout, places: list[Place], config: SampleConfig, round: int,
+            progress=lambda draws, tokens: None) -> Generated:
     """K thoughts z ~ q(. | x, C) for each of N chunks, and log q of each (log_prob counts z and EOL).
 
     Only EOL among the markers can be drawn. A draw's numbers depend on (seed, round, document, chunk, draw, position).
@@ -196,7 +314,14 @@ def propose(model: GPT, layout: Layout, places: list[Place], config: SampleConfi
     others = [i for i in layout.tokenizer.marker.values() if i != layout.eol]
     prompts = [layout.posterior_prompt(document, c) for document, c in places]
     return generate(model, prompts, uniforms, stop=vocabulary_mask(model, layout.eol),
-                    banned=vocabulary_mask(model, *others), temperature=config.temperature, slots=config.slots)
+                    banned=vocabulary_mask(model, *others), temperature=config.temperature, slots=config.slots, progress=progress)
+
+
+def complete(model: GPT, layout: Layout, prompts: list[list[int]], ends: list[int], max_tokens: int, slots: int = 512) -> list[list[int]]:
+    """Greedy continuations of N prompts until one of the markers `ends`, which is left out, or for max_tokens."""
+    others = [i for i in layout.tokenizer.marker.values() if i not in ends]
+    return generate(model, prompts, torch.zeros(len(prompts), 1, max_tokens), stop=vocabulary_mask(model, *ends),
+                    banned=vocabulary_mask(model, *others), slots=slots, greedy=True).ids
 
 
 def score_joint(model: GPT, layout: Layout, places: list[Place], latents: list[list[list[int]]],
@@ -223,24 +348,24 @@ def score_after_prompts(model: GPT, prompts: list[list[int]], owners: list[int],
                         batch_tokens: int) -> Tensor:
     """The log-probability of each sequence after the prompt `owners` gives it, (len(sequences),) float32 nats.
 
-    A sequence starts with the last token of its prompt. Padding stands in the slot after the context.
+    A sequence starts with the last token of its prompt. Prompts of like length are prefilled together and kept while
+    what follows them is scored, batched by length; `batch_tokens` bounds both.
     """
     device, log_p = model.embedding.weight.device, torch.zeros(len(sequences))
-    check_room(model, prompts, 0)
-    prompt_cache = prefill(model, prompts)
-    starts, owners = torch.tensor([len(prompt) - 1 for prompt in prompts]), torch.tensor(owners)
-    for places, batch in padded_batches(sequences, batch_tokens):
-        batch, owner = batch.to(device), owners[places]
-        positions = starts[owner][:, None] + torch.arange(batch.ids.shape[1])                 # (B, T)
-        last = torch.tensor([len(sequences[place].ids) - 1 for place in places])[:, None]
-        if int((starts[owner][:, None] + last).max()) > model.config.context:
-            raise ValueError(f"a thought and its text do not fit the context of {model.config.context}; "
-                             "lower --max_latent_tokens or train with a larger --model.context")
-        positions = positions.clamp(max=model.config.context).to(device)
-        slots = int(positions.max()) + 1
-        cache = KVCache(model.config, len(places), max(slots, prompt_cache.keys.shape[3]), device)
-        cache.copy_rows(torch.arange(len(places), device=device), prompt_cache, owner.to(device))
-        log_p[places] = model(batch.ids, batch.targets, cache=cache, positions=positions, slots=slots).sum(dim=-1).cpu()
+    of_prompt: list[list[int]] = [[] for _ in prompts]
+    for place, owner in enumerate(owners):
+        of_prompt[owner].append(place)
+        check_room(model, [prompts[owner]], len(sequences[place].ids) - 2)
+    for group in length_batches([len(prompt) for prompt in prompts], batch_tokens):
+        branches = Branches(prefill(model, [prompts[n] for n in group]))
+        places = [place for n in group for place in of_prompt[n]]
+        owner = np.repeat(np.arange(len(group)), [len(of_prompt[n]) for n in group])
+        for part in length_batches([len(sequences[place].ids) for place in places], batch_tokens):
+            batch = padded([sequences[places[i]] for i in part]).to(device)
+            branches.arrange(owner[part])
+            T = batch.ids.shape[1]
+            branches.place(torch.arange(T, device=device).expand(len(part), T), T, int(branches.starts.max()))
+            log_p[[places[i] for i in part]] = summed_log_probs(model, batch, branches).cpu()
     return log_p
 
 
@@ -292,13 +417,14 @@ class Evidence:
         return self.log_joint > -math.inf
 
 
-def infer(model: GPT, layout: Layout, places: list[Place], config: SampleConfig, round: int) -> Evidence:
+def infer(model: GPT, layout: Layout, places: list[Place], config: SampleConfig, round: int,
+          progress=lambda draws, tokens: None) -> Evidence:
     """Draw and weigh K thoughts for every chunk: all of the E-step but the choice.
 
     cost: tokens prefilled (once per chunk), sampled, and scored.
     """
     K = config.num_latents
-    drawn = propose(model, layout, places, config, round)
+    drawn = propose(model, layout, places, config, round, progress)
     latents = [drawn.ids[n * K:(n + 1) * K] for n in range(len(places))]
     log_joint, scored = score_joint(model, layout, places, latents, config.score_tokens)
     assert log_joint.isfinite().all() and drawn.log_prob.isfinite().all(), "log-probabilities must be finite"
@@ -316,7 +442,7 @@ def annotate(places: list[Place], evidence: Evidence, tokenizer: Tokenizer, conf
                             for document, c in places])                                       # (N,)
     log_weights = evidence.log_weights
     usable = evidence.finished.any(dim=-1)                      # else every draw is unfinished: the chunk stays plain
-    weights = log_weights.where(usable[:, None], 0.0).softmax(dim=-1)
+    weights = log_weights.where(usable[:, None], 0.0).softmax(dim=-1).where(usable[:, None], 0.0)
     kept, ess, bound = resample(weights, uniforms), effective_sample_size(weights), importance_bound(log_weights)
     annotations = []
     for n, latents in enumerate(evidence.latents):
@@ -327,71 +453,177 @@ def annotate(places: list[Place], evidence: Evidence, tokenizer: Tokenizer, conf
             "log_proposal": evidence.log_proposal[n].tolist(), "finished": evidence.finished[n].tolist(),
             "lengths": [len(latent) for latent in latents],
             "ess": ess[n].item() if usable[n] else None, "bound": bound[n].item() if usable[n] else None})
+        if config.keep == "all":
+            annotations[-1] |= {"draws": latents, "weights": weights[n].tolist()}
     return annotations
 
 
-def annotate_block(model: GPT, layout: Layout, block: list[Document], config: SampleConfig, round: int) -> list[dict]:
+def annotate_block(model: GPT, layout: Layout, block: list[Document], config: SampleConfig, round: int,
+                   progress: "Progress") -> list[dict]:
     """The lines of the output for a block of documents. The tokens it cost stand with its first document."""
-    places = [place for document in block for place in places_to_infer(document)]
+    places = [place for document in block for place in places_to_infer(document, config.redraw)]
     records = [document.record | {"chunks": [dict(chunk) for chunk in document.record["chunks"]]} for document in block]
     for record in records:
         record.pop("cost", None)        # of an earlier E-step
     if places:
-        evidence = infer(model, layout, places, config, round)
+        evidence = infer(model, layout, places, config, round, progress)
         first = block[0].index
         for (document, c), annotation in zip(places, annotate(places, evidence, layout.tokenizer, config, round)):
-            records[document.index - first]["chunks"][c] |= annotation
+            chunk = records[document.index - first]["chunks"][c]
+            for stale in ("draws", "weights"):
+                chunk.pop(stale, None)
+            chunk |= annotation
         records[0]["cost"] = evidence.cost
+        progress.block_done(records, len(places), evidence.cost["sampled"])
     return records
 
 
-def e_step(model: GPT, tokenizer: Tokenizer, documents: list[Document], config: SampleConfig, round: int, out: str,
-           ranks: Ranks) -> dict:
+class Progress:
+    """The progress bar of an E-step: chunks, sampled tokens per second, ess, time left."""
+
+    def __init__(self, chunks: int, num_latents: int, show: bool):
+        self.bar = tqdm(total=chunks, desc="E-step", unit="chunk", leave=False, disable=not show)
+        self.num_latents, self.chunks, self.tokens, self.ess, self.start = num_latents, 0, 0, "", time.time()
+
+    def __call__(self, draws: int, tokens: int) -> None:
+        """So far in this block."""
+        self.bar.update(self.chunks + draws // self.num_latents - self.bar.n)
+        rate = (self.tokens + tokens) / (time.time() - self.start)
+        self.bar.set_postfix_str(f"{rate:,.0f} sampled tokens/s{self.ess}", refresh=False)
+
+    def block_done(self, records: list[dict], chunks: int, tokens: int) -> None:
+        self.chunks, self.tokens = self.chunks + chunks, self.tokens + tokens
+        self.ess = f", ess {summarize(records)['ess']:.1f}"
+
+
+def own_documents(corpus: str, tokenizer: Tokenizer, block_documents: int, ranks: Ranks) -> Iterator[tuple[int, list[Document]]]:
+    """(number, documents) of the blocks of a corpus that are this process's; the others' lines are not even parsed."""
+    for number, lines in itertools.groupby(numbered_lines(corpus), key=lambda line: line[0] // block_documents):
+        if number % ranks.world == ranks.rank:
+            yield number, [read_document(corpus, i, line, tokenizer) for i, line in lines]
+
+
+def survey(corpus: str, layout: Layout, config: SampleConfig, context: int, ranks: Ranks) -> int:
+    """The number of chunks this process has to draw for. Every line is read and laid out once before work begins.
+
+    Raises ValueError, naming file, line and chunk, for what could not be drawn for.
+    """
+    chunks = 0
+    for _, documents in own_documents(corpus, layout.tokenizer, config.block_documents, ranks):
+        for document, c in (place for document in documents for place in places_to_infer(document, config.redraw)):
+            prompt = len(layout.posterior_prompt(document, c))
+            if prompt + config.max_latent_tokens > context:
+                raise ValueError(f"{corpus}:{document.index + 1}: the prompt of chunk {c} has {prompt} tokens; with {config.max_latent_tokens} "
+                                 f"new ones it exceeds the context of {context}; lower --max_latent_tokens or split the chunk")
+            chunks += 1
+    return chunks
+
+
+def at_precision(model: GPT, dtype: str) -> GPT:
+    """The model as it is, or a copy whose blocks compute in bfloat16; auto: bfloat16 on CUDA."""
+    wanted = {"auto": "bfloat16" if model.embedding.weight.is_cuda else "float32"}.get(dtype, dtype)
+    if model.dtype == getattr(torch, wanted):
+        return model
+    model = copy.deepcopy(model)
+    model.blocks.to(getattr(torch, wanted))
+    return model
+
+
+def e_step(model: GPT, tokenizer: Tokenizer, corpus: str, config: SampleConfig, round: int, out: str, ranks: Ranks) -> dict:
     """Write the corpus with a drawn latent per chunk to `out`; returns its `summarize`.
 
     Blocks of documents are dealt to the ranks and written whole; a run that was killed goes on after the last of them.
     A block is computed alike on any rank, so the file has the same bytes for any number of them (CPU, float32, the
-    same number of threads; elsewhere floating point may flip a rare token).
+    same number of threads; elsewhere floating point may flip a rare token). One block is in memory at a time.
     """
-    parts = Path(f"{out}.parts")
+    parts, layout, start, whole = Path(f"{out}.parts"), Layout(tokenizer), time.time(), False
     if not os.path.exists(out):
-        layout, size = Layout(tokenizer), config.block_documents
-        paths = [parts / f"{start:09d}.jsonl" for start in range(0, len(documents), size)]
-        mine = list(enumerate(paths))[ranks.rank::ranks.world]
-        bar = tqdm(mine, desc="E-step", unit="block", leave=False, disable=not ranks.main)
-        for number, path in bar:
+        whole = not parts.exists()
+        progress = Progress(survey(corpus, layout, config, model.config.context, ranks), config.num_latents, ranks.main)
+        model = at_precision(model, config.dtype)
+        for number, block in own_documents(corpus, tokenizer, config.block_documents, ranks):
+            path = parts / f"{number:09d}.jsonl"
             if not path.exists():
-                block = documents[number * size:(number + 1) * size]
-                write_jsonl(path, annotate_block(model, layout, block, config, round))
+                write_jsonl(path, annotate_block(model, layout, block, config, round, progress))
+        progress.bar.close()
         ranks.barrier()
         if ranks.main:
-            with open(f"{out}.tmp", "wb") as file:
-                for path in paths:
-                    file.write(path.read_bytes())
-            os.replace(f"{out}.tmp", out)
+            join_files(sorted(parts.glob("*.jsonl")), out)
             shutil.rmtree(parts)
         ranks.barrier()
-    return summarize(read_corpus(out))
+    summary = summarize(stream_corpus(out))
+    if whole:
+        ranks.say(f"  {out}: {summary['chunks']} chunks, {summary['sampled_tokens'] / (time.time() - start):,.0f} sampled tokens/s, "
+                  f"ess {summary['ess']:.1f} of {config.num_latents}, bound {summary['bound']:.2f} nats")
+    return summary
 
 
-def summarize(records: list[dict]) -> dict:
+def figures(chunk: dict) -> dict[str, float]:
+    """What a drawn chunk adds to the sums of `summarize`."""
+    log_w = [p - q for p, q in zip(chunk["log_joint"], chunk["log_proposal"]) if p is not None]
+    sums = {"chunks": 1, "draws": len(chunk["finished"]), "finished": len(log_w), "tokens": sum(chunk["lengths"]), "log_w": sum(log_w)}
+    if log_w:
+        shares = [math.exp(x - max(log_w)) for x in log_w]
+        entropy = math.log(sum(shares)) - sum(share * math.log(share) for share in shares if share) / sum(shares)
+        sums |= {"usable": 1, "ess": chunk["ess"], "entropy": entropy, "bound": chunk["bound"]}
+    return sums
+
+
+def summarize(records: Iterable[dict]) -> dict:
     """Figures of an E-step's output, over its chunks that were drawn for. Nats, tokens; means over the usable chunks."""
-    drawn = [chunk for record in records for chunk in record["chunks"] if "log_proposal" in chunk]
-    usable = [chunk for chunk in drawn if chunk["bound"] is not None]
-    log_w = [[p - q for p, q in zip(c["log_joint"], c["log_proposal"]) if p is not None] for c in usable]
-    entropy = [torch.distributions.Categorical(logits=torch.tensor(row)).entropy().item() for row in log_w]
-    draws = sum(len(chunk["finished"]) for chunk in drawn)
+    total: Counter = Counter()
+    for record in records:
+        total.update({f"{kind}_tokens": tokens for kind, tokens in record.get("cost", {}).items()})
+        for chunk in record["chunks"]:
+            if "log_proposal" in chunk:
+                total.update(figures(chunk))
 
-    def mean(values):
-        values = list(values)
-        return sum(values) / len(values) if values else math.nan
-    return {"chunks": len(drawn), "left_plain": len(drawn) - len(usable),
-            "ess": mean(c["ess"] for c in usable), "weight_entropy": mean(entropy),
-            "unfinished": 1 - sum(sum(c["finished"]) for c in drawn) / max(1, draws),
-            "latent_tokens": mean(n for c in drawn for n in c["lengths"]),
-            "bound": mean(c["bound"] for c in usable), "elbo_finished": mean(x for row in log_w for x in row),
-            **{f"{kind}_tokens": sum(r.get("cost", {}).get(kind, 0) for r in records)
-               for kind in ("prefilled", "sampled", "scored")}}
+    def mean(name, over):
+        return total[name] / total[over] if total[over] else math.nan
+    return {"chunks": total["chunks"], "left_plain": total["chunks"] - total["usable"],
+            "ess": mean("ess", "usable"), "weight_entropy": mean("entropy", "usable"),
+            "unfinished": 1 - mean("finished", "draws"), "latent_tokens": mean("tokens", "draws"),
+            "bound": mean("bound", "usable"), "elbo_finished": mean("log_w", "finished"),
+            **{f"{kind}_tokens": total[f"{kind}_tokens"] for kind in ("prefilled", "sampled", "scored")}}
+
+
+# ---- for people ------------------------------------------------------------------------------------------------
+
+def show_chunk(layout: Layout, place: Place, annotation: dict) -> str:
+    """A chunk as a person wants to see it: what comes before, the thoughts with their weights as bars, the text, ess, bound."""
+    (document, c), decode = place, layout.tokenizer.decode
+    weights, times = Counter(), Counter()       # of equal thoughts together
+    for ids, weight, finished in zip(annotation["draws"], annotation["weights"], annotation["finished"]):
+        thought = (decode(ids), finished)
+        weights[thought] += weight
+        times[thought] += 1
+    lines = [f"document {document.index}, chunk {c}", f"  prefix   {decode(layout.context(document, c)[1:])!r}",
+             f"  text     {decode(document.chunks[c].suffix)!r}"]
+    for (thought, finished), weight in weights.most_common():
+        mark = "kept" if finished and thought == annotation["latent"] else "" if finished else "unfinished"
+        lines.append(f"  {'█' * round(20 * weight):20s} {weight:.2f} {times[thought, finished]:3d} x {mark:10s} {thought!r}")
+    if annotation["bound"] is not None:
+        lines.append(f"  ess {annotation['ess']:.1f} of {len(annotation['draws'])}, bound {annotation['bound']:.2f} nats")
+    return "\n".join(lines)
+
+
+def show(model: GPT, tokenizer: Tokenizer, config: "MainConfig") -> Iterator[str]:
+    """The first chunks of a corpus with their thoughts; nothing is written."""
+    layout, everything = Layout(tokenizer), replace(config, keep="all")
+    documents = (read_document(config.data, i, line, tokenizer) for i, line in numbered_lines(config.data))
+    places = list(itertools.islice((p for d in documents for p in places_to_infer(d, config.redraw)), config.show))
+    if places:
+        annotations = annotate(places, infer(model, layout, places, config, config.round), tokenizer, everything, config.round)
+        yield from (show_chunk(layout, place, annotation) for place, annotation in zip(places, annotations))
+
+
+def think(model: GPT, tokenizer: Tokenizer, config: "MainConfig") -> str:
+    """The most likely thought after --prompt, token by token, and the most likely text after that."""
+    layout, text = Layout(tokenizer), re.sub(r"\s+([,.;:!?])", r"\1", config.prompt)      # "fire , salt" is "fire, salt"
+    prompt = [layout.bos, *tokenizer.encode(text), layout.sol, layout.prior]
+    [thought] = complete(model, layout, [prompt], [layout.eol], config.max_latent_tokens)
+    [answer] = complete(model, layout, [[*prompt, *thought, layout.eol]], [layout.eos, layout.sol], config.max_latent_tokens)
+    return f"prompt   {text}\nthought  {tokenizer.decode(thought).strip()}\nanswer   {tokenizer.decode(answer).strip()}"
 
 
 # ---- main ------------------------------------------------------------------------------------------------------
@@ -403,27 +635,36 @@ class MainConfig(SampleConfig):
     out: str = option("runs/latents.jsonl", "annotated corpus, which train.py --data reads")
     device: str = option("auto", "auto, cpu, cuda or mps")
     round: int = option(1, "number of the EM round; another number draws other thoughts")
+    show: int = option(0, "print so many chunks with their thoughts, weights and bound instead")
+    prompt: str = option("", "think about this text, then go on with it, instead")
+
+
+def annotate_corpus(model: GPT, tokenizer: Tokenizer, config: MainConfig, ranks: Ranks) -> None:
+    """The E-step as a command: the settings beside the output, a line before and the figures after."""
+    with open(config.checkpoint, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if (os.path.exists(config.out) or os.path.exists(f"{config.out}.parts")) and not os.path.exists(f"{config.out}.config"):
+        raise ValueError(f"{config.out} is there without its {config.out}.config; "
+                         "give another --out, or delete what there is of both")
+    open_run(f"{config.out}.config", config, ranks, checkpoint_sha256=digest)
+    ranks.say(f"drawing {config.num_latents} thoughts for each chunk of {config.data} on {ranks.device}")
+    ranks.say(json.dumps(e_step(model, tokenizer, config.data, config, config.round, config.out, ranks), indent=1))
 
 
 def main(argv=None) -> None:
     config = parse_config(MainConfig(), argv, __doc__)
-    records, ranks = read_corpus(config.data), start_ranks(config.device)
-    model, state = load_checkpoint(config.checkpoint, ranks.device)
+    ranks, state = start_ranks(config.device), read_checkpoint(config.checkpoint)
     tokenizer = Tokenizer(**state["tokenizer"])
-    documents = encode_corpus(records, tokenizer)
-    with open(config.checkpoint, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    started = os.path.exists(config.out) or os.path.exists(f"{config.out}.parts")
-    if started and not os.path.exists(f"{config.out}.config"):
-        raise ValueError(f"{config.out} is there without its {config.out}.config; "
-                         "give another --out, or delete what there is of both")
-    open_run(f"{config.out}.config", config, ranks, checkpoint_sha256=digest)
-    ranks.say(f"drawing {config.num_latents} thoughts for each chunk of {len(documents)} documents on {ranks.device}")
-    start = time.time()
-    summary = e_step(model, tokenizer, documents, config, config.round, config.out, ranks)
-    ranks.say(json.dumps(summary, indent=1))
-    rate = "" if started else f": {summary['sampled_tokens'] / (time.time() - start):,.0f} sampled tokens/s"
-    ranks.say(f"{config.out}{rate}")
+    if not config.prompt:
+        survey(config.data, Layout(tokenizer), config, state["model_config"].context, ranks)
+    model, _ = load_checkpoint(config.checkpoint, ranks.device)
+    if config.prompt:
+        ranks.say(think(model, tokenizer, config))
+    elif config.show:
+        for text in show(model, tokenizer, config):
+            ranks.say(text + "\n")
+    else:
+        annotate_corpus(model, tokenizer, config, ranks)
 
 
 if __name__ == "__main__":

@@ -32,10 +32,15 @@ CHUNK_TOKENS = 256                          # cap of a chunk where text is split
 
 @dataclass(frozen=True)
 class Chunk:
-    """Ids of the observed text, ids of the thought (None: it has none), and whether the text is only context."""
+    """Ids of the observed text, ids of the thought (None: it has none), and whether the text is only context.
+
+    `draws` and `weights`, where an E-step kept them: all thoughts drawn, and the normalised weight of each.
+    """
     suffix: list[int]
     latent: list[int] | None = None
     given: bool = False
+    draws: list[list[int]] | None = None
+    weights: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,17 @@ def encode_document(index: int, record: dict, tokenizer: Tokenizer) -> Document:
         elif latent is not None and tokenizer.decode(ids) != latent:
             raise ValueError(f"the latent_ids of {latent[:40]!r} are of another vocabulary; train from the checkpoint that drew "
                              "them: train.py --init_from CKPT")
-        chunks.append(Chunk(tokenizer.encode(piece["suffix"]), ids, piece.get("given", False)))
+        draws = None if latent is None else piece.get("draws")
+        chunks.append(Chunk(tokenizer.encode(piece["suffix"]), ids, piece.get("given", False), draws, piece.get("weights")))
     return Document(index, chunks, record)
+
+
+def read_document(path: str, number: int, line: str, tokenizer: Tokenizer) -> Document:
+    """A line of a corpus, encoded. Raises ValueError with file:line."""
+    try:
+        return encode_document(number, check_record(json.loads(line)), tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{path}:{number + 1}: {error}") from None
 
 
 def with_chunks(record: dict, encoding: str) -> dict:
@@ -80,20 +94,28 @@ def observed_places(documents: list[Document]) -> list[tuple[Document, int]]:
     return [(document, c) for document in documents for c, chunk in enumerate(document.chunks) if not chunk.given]
 
 
-def read_corpus(path: str) -> list[dict]:
-    """The lines of a corpus, checked against the data contract. Raises FileNotFoundError, ValueError with file:line."""
+def numbered_lines(path: str) -> Iterator[tuple[int, str]]:
+    """(number from 0, line) of a corpus, one at a time. Raises FileNotFoundError, ValueError where it is empty."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no corpus at {path}; python data/alchemy/prepare.py makes the embedded one")
-    records = []
-    with open(path, encoding="utf-8", newline="\n") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                records.append(check_record(json.loads(line)))
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: {error}") from None
-    if not records:
+    if os.path.getsize(path) == 0:
         raise ValueError(f"{path} is empty; a corpus has one JSON document a line")
-    return records
+    with open(path, encoding="utf-8", newline="\n") as file:
+        yield from enumerate(file)
+
+
+def stream_corpus(path: str) -> Iterator[dict]:
+    """The documents of a corpus, one at a time. Raises FileNotFoundError, ValueError with file:line."""
+    for number, line in numbered_lines(path):
+        try:
+            yield check_record(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number + 1}: {error}") from None
+
+
+def read_corpus(path: str) -> list[dict]:
+    """All documents of a corpus. Raises what `stream_corpus` does."""
+    return list(stream_corpus(path))
 
 
 def texts_of(records, encoding: str) -> Iterator[str]:

@@ -3,14 +3,14 @@
 A batch is a function of (documents, settings, seed, step) alone, so a resumed run sees what the uninterrupted one saw.
 """
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.layout import GIVEN, TEXT, Document, Layout, Sequence
+from data.layout import GIVEN, TEXT, Chunk, Document, Layout, Sequence
 from data.run import random_stream
 
 
@@ -44,12 +44,23 @@ class Batch:
         return int((self.kinds == TEXT).sum())
 
 
+def pick_thought(chunk: Chunk, uniform: float) -> Chunk:
+    """The chunk with one of the thoughts that an E-step kept, by weight; a chunk without them is left as it is."""
+    if not chunk.draws:
+        return chunk
+    cdf = np.cumsum(chunk.weights)
+    return replace(chunk, latent=chunk.draws[int(np.searchsorted(cdf, uniform * cdf[-1], side="right"))])
+
+
 def lay_out_epoch(documents: list[Document], layout: Layout, plain_as: str, seed: int, epoch: int) -> Iterator[Sequence]:
-    """The documents in a fresh order with fresh coins, one fair coin per chunk."""
+    """The documents in a fresh order with fresh coins, one fair coin per chunk, and where there are several thoughts a fresh one."""
     ends = np.cumsum([len(document.chunks) for document in documents])
     coins = np.split(random_stream(seed, "coin", epoch).random(ends[-1]) < 0.5, ends[:-1])
+    picks = np.split(random_stream(seed, "pick", epoch).random(ends[-1]), ends[:-1])
     for place in random_stream(seed, "shuffle", epoch).permutation(len(documents)):
-        yield layout.document(documents[place], coins[place], plain_as)
+        document = documents[place]
+        chunks = [pick_thought(chunk, pick) for chunk, pick in zip(document.chunks, picks[place])]
+        yield layout.document(replace(document, chunks=chunks), coins[place], plain_as)
 
 
 def windows(sequence: Sequence, row_tokens: int) -> Iterator[Sequence]:
@@ -111,28 +122,37 @@ def training_batches(documents: list[Document], layout: Layout, *, plain_as: str
         yield collate(list(itertools.islice(packed, rows)), row_tokens)
 
 
-def padded_batches(sequences: list[Sequence], batch_tokens: int) -> Iterator[tuple[list[int], Batch]]:
-    """Each sequence once, one a row, batched by length under a token budget: (their places in the list, batch).
-
-    For scoring. Lengths that are close share a batch, so little is padding.
-    """
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].ids))
+def length_batches(lengths: list[int], tokens: int) -> Iterator[list[int]]:
+    """Places of things of like length, longest first: batches that, padded, have at most so many tokens, an eighth padding."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
-        rows = 1
-        while rows < len(order) and (rows + 1) * (len(sequences[order[rows]].ids) - 1) <= batch_tokens:
+        longest, rows = lengths[order[0]], 1
+        while rows < len(order) and (rows + 1) * longest <= tokens and lengths[order[rows]] >= 7 / 8 * longest:
             rows += 1
-        places, order = order[:rows], order[rows:]
-        yield places, collate([[sequences[i]] for i in places], len(sequences[places[-1]].ids) - 1)
+        yield order[:rows]
+        order = order[rows:]
+
+
+def padded(sequences: list[Sequence]) -> Batch:
+    """One sequence a row."""
+    return collate([[sequence] for sequence in sequences], max(len(sequence.ids) for sequence in sequences) - 1)
+
+
+def summed_log_probs(model, batch: Batch, cache=None) -> Tensor:
+    """Sum of the log-probabilities of each row's targets, (R,) float32 nats. The vocabulary matters at targets only."""
+    hidden, scored = model.hidden(batch.ids, cache=cache), batch.targets >= 0
+    log_p = torch.zeros(batch.targets.shape, device=hidden.device)
+    log_p[scored] = model.log_probs(hidden[scored], batch.targets[scored])
+    return log_p.sum(dim=-1)
 
 
 @torch.inference_mode()
 def score_sequences(model, sequences: list[Sequence], batch_tokens: int) -> Tensor:
     """The log-probability of the tokens of each sequence that are not given, (len(sequences),) float32 nats, on the CPU.
 
-    What evaluations without thoughts come from; the E-step scores its joints after shared prompts, by `model.forward` too.
+    What evaluations without thoughts come from; the E-step scores its joints after shared prompts.
     """
     device, log_p = next(model.parameters()).device, torch.zeros(len(sequences))
-    for places, batch in padded_batches(sequences, batch_tokens):
-        batch = batch.to(device)
-        log_p[places] = model(batch.ids, batch.targets).sum(dim=-1).cpu()
+    for places in length_batches([len(sequence.ids) for sequence in sequences], batch_tokens):
+        log_p[places] = summed_log_probs(model, padded([sequences[i] for i in places]).to(device)).cpu()
     return log_p

@@ -8,6 +8,7 @@ import datetime
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import typing
@@ -211,6 +212,15 @@ def write_whole(path, text: str) -> None:
 
 def write_jsonl(path, records) -> None:
     write_whole(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def join_files(paths, out) -> None:
+    """One file after the other, whole or not at all."""
+    with open(f"{out}.tmp", "wb") as file:
+        for path in paths:
+            with open(path, "rb") as part:
+                shutil.copyfileobj(part, file)
+    os.replace(f"{out}.tmp", out)
 
 
 def append_metrics(folder, record: dict) -> None:

@@ -4,7 +4,7 @@ import itertools
 import torch
 
 from data.layout import GIVEN, TEXT, Sequence
-from data.loader import collate, lay_out_epoch, pack, padded_batches, score_sequences, training_batches, windows
+from data.loader import collate, lay_out_epoch, length_batches, pack, score_sequences, training_batches, windows
 from tests.conftest import random_model
 
 
@@ -68,4 +68,11 @@ def test_scoring_in_batches_equals_scoring_one_by_one(layout):
     expected = torch.stack([model(torch.tensor([s.ids[:-1]]), torch.tensor([s.ids[1:]]))[0, 1:].sum() for s in sequences])
     for budget in (1, 25, 1000):
         torch.testing.assert_close(score_sequences(model, sequences, budget), expected.detach())
-    assert sorted(i for places, _ in padded_batches(sequences, 25) for i in places) == list(range(6))
+
+
+def test_length_batches_hold_everything_once_within_the_budget():
+    """Longest first, an eighth padding at most, and as many tokens as fit; one thing that is too long stands alone."""
+    lengths = [4, 9, 3, 20, 9, 15, 8]
+    assert list(length_batches(lengths, 25)) == [[3], [5], [1, 4], [6], [0], [2]]
+    assert list(length_batches(lengths, 27)) == [[3], [5], [1, 4, 6], [0], [2]]
+    assert list(length_batches(lengths, 1)) == [[3], [5], [1], [4], [6], [0], [2]]

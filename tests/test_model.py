@@ -1,8 +1,10 @@
 """Laws of model.py: cached == uncached, rows and packed documents do not see each other, forward is log p."""
+import numpy as np
 import pytest
 import torch
 
-from model import GPT, GPTConfig, KVCache, load_checkpoint, same_document_and_causal, save_checkpoint
+import model as gpt
+from model import GPT, Branches, DecodingBranches, GPTConfig, Prompts, load_checkpoint, same_document_and_causal, save_checkpoint
 from tests.conftest import random_model
 
 V = 11
@@ -30,43 +32,81 @@ def test_the_first_loss_is_the_log_of_the_vocabulary():
     torch.testing.assert_close(log_p, torch.full((2, 5), -torch.log(torch.tensor(float(V)))))
 
 
-@pytest.mark.parametrize("split", range(1, 12))
+def prompts_of(model, ids, lengths):
+    """The first `lengths` tokens of each row of ids as prompts."""
+    prompts = Prompts(model.config, len(ids), max(lengths), "cpu", torch.float32)
+    prompts.lengths[:] = torch.tensor(lengths)
+    if max(lengths):
+        model.hidden(ids[:, :max(lengths)], cache=prompts)
+    return prompts
+
+
+def continue_at_once(model, branches, ids):
+    T = ids.shape[1]
+    branches.place(torch.arange(T).expand(ids.shape), T, int(branches.starts.max()))
+    return model.hidden(ids, cache=branches)
+
+
+@pytest.mark.parametrize("split", range(12))
 def test_cached_equals_uncached_at_every_split(split):
-    """A prefix through the cache, then the rest, token by token or at once, gives the hidden states of one pass."""
+    """A prompt through the cache, then the rest, token by token or at once, gives the hidden states of one pass."""
     model, ids = random_model(V), ids_of(2, 12)
-    cache, whole = KVCache(model.config, 2, 12, "cpu"), model.hidden(ids)
-    positions = torch.arange(12).expand(2, 12)
-    first = model.hidden(ids[:, :split], cache=cache, positions=positions[:, :split], slots=split)
-    torch.testing.assert_close(first, whole[:, :split])
+    whole, prompts = model.hidden(ids), prompts_of(model, ids, [split, split])
+    at_once, stepwise = Branches(prompts), DecodingBranches(prompts, 2, 12)
+    for branches in (at_once, stepwise):
+        branches.arrange(np.array([0, 1]))
+    torch.testing.assert_close(continue_at_once(model, at_once, ids[:, split:]), whole[:, split:])
     for t in range(split, 12):
-        step = model.hidden(ids[:, t:t + 1], cache=cache, positions=positions[:, t:t + 1], slots=t + 1)
-        torch.testing.assert_close(step, whole[:, t:t + 1])
+        stepwise.place(torch.full((2, 1), t - split), t - split + 1, split)
+        torch.testing.assert_close(model.hidden(ids[:, t:t + 1], cache=stepwise), whole[:, t:t + 1])
 
 
-def test_ragged_rows_in_one_cache_equal_one_row_at_a_time():
-    """Rows of different lengths, padded on the right, decode as if each were alone: padding is never seen."""
-    model, lengths = random_model(V), [3, 7, 5]
-    ids, new = ids_of(3, 7), ids_of(3, 4, seed=2)
-    cache = KVCache(model.config, 3, 12, "cpu")
-    model.hidden(ids, cache=cache, positions=torch.arange(7).expand(3, 7), slots=7)
-    for t in range(4):
-        positions = torch.tensor([[n + t] for n in lengths])
-        step = model.hidden(new[:, t:t + 1], cache=cache, positions=positions, slots=int(positions.max()) + 1)
-        for row, n in enumerate(lengths):
-            alone = model.hidden(torch.cat([ids[row, :n], new[row, :t + 1]])[None])
+@pytest.mark.parametrize("prompt_of", [[0, 1, 2], [2, 2, 0, 2, 0], [1], [2, 1, 1, 1]])
+def test_ragged_branches_equal_one_row_at_a_time(prompt_of):
+    """Prompts of different lengths with any number of rows each, rows of different ages: each decodes as if alone."""
+    model, lengths, rows = random_model(V), [3, 7, 5], len(prompt_of)
+    ids, new = ids_of(3, 7), ids_of(rows, 4, seed=2)
+    branches = DecodingBranches(prompts_of(model, ids, lengths), 6, 9)
+    branches.arrange(np.array(prompt_of))
+    old = torch.arange(rows) % 2 * 2                # every second row has drawn two tokens before
+    for t in range(2):
+        branches.place(torch.full((rows, 1), t), 2, 7)
+        model.hidden(new[:, t:t + 1], cache=branches)
+    for t in range(2):
+        age = old + t
+        branches.place(age[:, None], int(age.max()) + 1, 7)
+        step = model.hidden(new[torch.arange(rows), age][:, None], cache=branches)
+        for row, n in enumerate(prompt_of):
+            alone = model.hidden(torch.cat([ids[n, :lengths[n]], new[row, :int(age[row]) + 1]])[None])
             torch.testing.assert_close(step[row, 0], alone[0, -1])
 
 
-def test_copied_cache_rows_continue_like_their_source():
-    """A prompt prefilled once serves any number of draws."""
-    model, prompt = random_model(V), ids_of(2, 6)
-    source, cache = KVCache(model.config, 2, 6, "cpu"), KVCache(model.config, 4, 9, "cpu")
-    model.hidden(prompt, cache=source, positions=torch.arange(6).expand(2, 6), slots=6)
-    cache.copy_rows(torch.arange(4), source, torch.tensor([0, 0, 1, 1]))
-    new = ids_of(4, 1, seed=3)
-    step = model.hidden(new, cache=cache, positions=torch.full((4, 1), 6), slots=7)
-    for row in range(4):
-        torch.testing.assert_close(step[row, 0], model.hidden(torch.cat([prompt[row // 2], new[row]])[None])[0, -1])
+def test_copied_prompts_and_moved_rows_continue_like_their_source():
+    """What a slot needs when it is refilled or closed: a prompt in another seat, a row in another place, more seats."""
+    model, ids, new = random_model(V), ids_of(2, 6), ids_of(2, 2, seed=3)
+    prompts = prompts_of(model, ids, [6, 4])
+    seats = Prompts(model.config, 1, 8, "cpu", torch.float32)
+    seats.grow()
+    seats.copy(1, prompts, 0)
+    seats.copy(0, prompts, 1)
+    branches = DecodingBranches(seats, 3, 3)
+    branches.arrange(np.array([0, 0, 1]))
+    branches.place(torch.zeros(3, 1, dtype=torch.long), 1, 6)
+    model.hidden(new[[0, 0, 1], :1], cache=branches)
+    branches.move([0], [2])
+    branches.arrange(np.array([1, 0]))
+    branches.place(torch.ones(2, 1, dtype=torch.long), 2, 6)
+    step = model.hidden(new[[1, 0], 1:], cache=branches)
+    torch.testing.assert_close(step[0, 0], model.hidden(torch.cat([ids[0], new[1]])[None])[0, -1])
+    torch.testing.assert_close(step[1, 0], model.hidden(torch.cat([ids[1, :4], new[0]])[None])[0, -1])
+
+
+def test_log_probs_do_not_depend_on_the_slab(monkeypatch):
+    """Logits made a few positions at a time are those made at once."""
+    network, ids = random_model(V), ids_of(3, 9)
+    whole = network(ids, ids)
+    monkeypatch.setattr(gpt, "SLAB", 2 * V)
+    torch.testing.assert_close(network(ids, ids), whole)
 
 
 def test_packed_documents_never_see_each_other():

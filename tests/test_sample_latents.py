@@ -313,13 +313,13 @@ def test_ranks_divide_the_blocks_and_write_the_same_bytes(stage):
     whole = run_main(stage, "whole.jsonl")
     model, state = sample_latents.load_checkpoint(str(stage / "ckpt.pt"))
     tokenizer = sample_latents.Tokenizer(**state["tokenizer"])
-    documents = [encode_document(i, record, tokenizer) for i, record in enumerate(CORPUS)]
     config, out = SampleConfig(num_latents=4, max_latent_tokens=6, block_documents=7), str(stage / "two.jsonl")
+    corpus = str(stage / "corpus.jsonl")
     Silent = type("Silent", (Ranks,), {"barrier": lambda self: None})
     with pytest.raises(FileNotFoundError):
-        e_step(model, tokenizer, documents, config, 1, out, Silent(1, 2, torch.device("cpu")))
+        e_step(model, tokenizer, corpus, config, 1, out, Silent(1, 2, torch.device("cpu")))
     assert len(list((stage / "two.jsonl.parts").iterdir())) == 2
-    e_step(model, tokenizer, documents, config, 1, out, Silent(0, 2, torch.device("cpu")))
+    e_step(model, tokenizer, corpus, config, 1, out, Silent(0, 2, torch.device("cpu")))
     assert (stage / "two.jsonl").read_bytes() == whole
 
 
