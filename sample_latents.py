@@ -39,6 +39,7 @@ from model import GPT, Branches, DecodingBranches, Prompts, load_checkpoint, rea
 
 
 PREFILL_TOKENS = 4096       # of the prompts that are prefilled together
+CHECK_EVERY = {"cpu": 1}    # steps between looks at which draws have ended, by device; 8 on others
 
 # ---- config ----------------------------------------------------------------------------------------------------
 
@@ -152,7 +153,7 @@ class Slots:
         (N, K, L), device, dtype = uniforms.shape, model.embedding.weight.device, model.embedding.weight.dtype
         self.model, self.prompts, self.K, self.L, self.nobody = model, prompts, K, L, N * K
         self.steps, self.row_steps, self.done, rows = 0, 0, 0, min(rows, N * K)
-        self.check_every = 1 if device.type == "cpu" else 8
+        self.check_every = CHECK_EVERY.get(device.type, 8)
         self.arrivals, self.waiting, self.waiting_seat = self.prefilled(), range(0), 0    # prompts; draws of the last seated
         self.seated = Prompts(model.config, 2 + 2 * rows // K, max(map(len, prompts)) - 1, device, dtype)
         self.branches = DecodingBranches(self.seated, rows, L)

@@ -1,10 +1,11 @@
 """Laws of loader.py: nothing lost in packing, batches a function of (seed, step), fair and fresh coins."""
+import collections
 import itertools
 
 import torch
 
-from data.layout import GIVEN, TEXT, Sequence
-from data.loader import collate, lay_out_epoch, length_batches, pack, score_sequences, training_batches, windows
+from data.layout import GIVEN, LATENT, TEXT, Chunk, Document, Sequence
+from data.loader import collate, lay_out_epoch, length_batches, pack, pick_thought, score_sequences, training_batches, windows
 from tests.conftest import random_model
 
 
@@ -76,3 +77,16 @@ def test_length_batches_hold_everything_once_within_the_budget():
     assert list(length_batches(lengths, 25)) == [[3], [5], [1, 4], [6], [0], [2]]
     assert list(length_batches(lengths, 27)) == [[3], [5], [1, 4, 6], [0], [2]]
     assert list(length_batches(lengths, 1)) == [[3], [5], [1], [4], [6], [0], [2]]
+
+
+def test_one_of_several_thoughts_is_picked_by_weight_afresh_each_epoch(layout):
+    """A thought of weight 0 (an unfinished draw) is never picked; the others as often as their weights say."""
+    chunk = Chunk([0], latent=[1], draws=[[1], [2, 2], [3]], weights=[0.25, 0.0, 0.75])
+    documents = [Document(i, [chunk], {}) for i in range(500)]
+    epochs = []
+    for epoch in range(4):
+        laid_out = lay_out_epoch(documents, layout, "plain", seed=0, epoch=epoch)
+        epochs.append(["".join(str(i) for i, kind in zip(s.ids, s.kinds) if kind == LATENT) for s in laid_out])
+    counts = collections.Counter(itertools.chain(*epochs))
+    assert set(counts) == {"1", "3"} and abs(counts["3"] / 2000 - 0.75) < 0.05 and epochs[0] != epochs[1]
+    assert pick_thought(Chunk([0], latent=[1]), 0.5).latent == [1]

@@ -21,9 +21,9 @@ from data.loader import score_sequences
 from data.run import Ranks
 from data.tokens import tokenizer_for
 from model import save_checkpoint
-from sample_latents import (SampleConfig, effective_sample_size, e_step, generate, importance_bound, infer, inverse_cdf,
-                            latent_uniforms, log_importance_weights, main, places_to_infer, proposal_log_probs, propose, resample,
-                            score_joint, summarize, uniform_numbers, vocabulary_mask)
+from sample_latents import (SampleConfig, annotate, at_precision, effective_sample_size, e_step, generate, importance_bound, infer,
+                            inverse_cdf, latent_uniforms, log_importance_weights, main, own_documents, places_to_infer,
+                            proposal_log_probs, propose, resample, score_joint, summarize, uniform_numbers, vocabulary_mask)
 from tests.conftest import random_model
 
 CAP = 3        # max_latent_tokens of the enumerated world: thoughts of 0, 1 or 2 words finish, others do not
@@ -157,6 +157,16 @@ def test_an_id_of_probability_zero_is_never_picked():
     assert inverse_cdf(random, torch.full((2000,), 1 - 2 ** -23)).max() < 50
 
 
+def test_the_two_steps_of_the_inverse_cdf_are_one():
+    """Block, then entry: every entry gets its share of the uniforms, in order, for vocabularies of any size."""
+    for V in (1, 2, 5, 64, 1000):
+        p = torch.rand(1, V, generator=torch.Generator().manual_seed(V)).double().softmax(-1)
+        grid = (torch.arange(20000) + 0.5) / 20000
+        picked = inverse_cdf(p.expand(20000, -1), grid.double())
+        assert (picked.diff() >= 0).all()
+        torch.testing.assert_close(picked.bincount(minlength=V) / 20000, p[0].float(), atol=1e-4, rtol=0)
+
+
 def test_markers_are_never_drawn(small):
     evidence = infer_many(small, 1.5, chunks=50, draws=16)
     assert {i for latents in evidence.latents for latent in latents for i in latent} == {0, 1, 2}
@@ -175,6 +185,57 @@ def test_slots_change_nothing(small, slots):
             alone = generate(model, [prompt], uniforms[n:n + 1, k:k + 1], slots=1, **arguments)
             assert alone.ids[0] == ours.ids[n * 5 + k] and alone.finished[0] == ours.finished[n * 5 + k]
             torch.testing.assert_close(alone.log_prob[0], ours.log_prob[n * 5 + k], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("slots", [1, 5, 64])
+def test_slots_change_neither_ids_nor_evidence(small, slots):
+    """Eight thoughts for each of twenty chunks, one row at a time or all at once."""
+    model, layout, (document, c) = small
+    places = [(type(document)(i, document.chunks, document.record), c) for i in range(20)]
+    ours, other = (infer(model, layout, places, SampleConfig(num_latents=8, max_latent_tokens=CAP, slots=n), 1) for n in (slots, 160))
+    assert ours.latents == other.latents and torch.equal(ours.finished, other.finished)
+    torch.testing.assert_close(ours.log_joint, other.log_joint, atol=1e-4, rtol=0)
+    torch.testing.assert_close(ours.log_proposal, other.log_proposal, atol=1e-4, rtol=0)
+
+
+def test_no_row_waits(small):
+    """Every row-step is a token of a draw: rows whose draw has ended take the next or are closed."""
+    model, layout, (document, c) = small
+    drawn = generate(model, [layout.posterior_prompt(document, c)] * 5, uniform_numbers(3, "x", (), (5, 7, 9)), slots=4,
+                     stop=vocabulary_mask(model, layout.eol), banned=vocabulary_mask(model))
+    assert drawn.row_steps == drawn.num_tokens and len(set(map(len, drawn.ids))) > 2
+
+
+def test_rows_that_are_looked_at_now_and_then_draw_the_same(small, monkeypatch):
+    """As on a device that is asked only every eighth step which draws have ended: the same draws, a few steps for nobody."""
+    model, layout, (document, c) = small
+    arguments = dict(stop=vocabulary_mask(model, layout.eol), banned=vocabulary_mask(model, layout.bos), slots=6)
+    prompts, uniforms = [layout.posterior_prompt(document, c), [layout.bos, 0]], uniform_numbers(1, "slots", (), (2, 9, 20))
+    every = generate(model, prompts, uniforms, **arguments)
+    monkeypatch.setattr(sample_latents, "CHECK_EVERY", {"cpu": 8})
+    seldom = generate(model, prompts, uniforms, **arguments)
+    assert seldom.ids == every.ids and torch.equal(seldom.finished, every.finished)
+    torch.testing.assert_close(seldom.log_prob, every.log_prob, atol=1e-5, rtol=1e-5)
+    assert seldom.row_steps > every.row_steps
+
+
+def test_a_single_draw_is_kept_with_weight_one(small):
+    evidence = infer_many(small, 1.0, chunks=10, draws=1)
+    annotations = annotate([small[2]] * 10, evidence, small[1].tokenizer, SampleConfig(num_latents=1, keep="all"), 1)
+    for latents, annotation in zip(evidence.latents, annotations):
+        done = annotation["finished"][0]
+        assert annotation["weights"] == [1.0 if done else 0.0] and annotation["latent_ids"] == (latents[0] if done else None)
+
+
+def test_bfloat16_keeps_logits_in_float32(small):
+    """The copy computes its blocks in bfloat16; embedding, last norm and head stay, and log-probs come near."""
+    model = small[0]
+    low = at_precision(model, "bfloat16")
+    assert at_precision(model, "auto") is model and model.dtype == torch.float32 and low.dtype == torch.bfloat16
+    ids = torch.randint(0, 9, (3, 12), generator=torch.Generator().manual_seed(0))
+    assert low.logits(low.hidden(ids)).dtype == low.head.weight.dtype == torch.float32
+    difference = (low(ids, ids) - model(ids, ids)).abs()
+    assert 0 < difference.max() < 0.1
 
 
 def test_step_log_probs_are_the_rescored_ones(small):
@@ -254,7 +315,7 @@ CORPUS = [{"text": f"a {x} {y}", "chunks": [{"suffix": f"a {x}", "given": True},
 def stage(tmp_path):
     """A checkpoint and a corpus on disk, as train.py and prepare.py leave them."""
     tokenizer = tokenizer_for(WORDS, "words")
-    save_checkpoint(str(tmp_path / "ckpt.pt"), random_model(tokenizer.vocab_size), tokenizer=tokenizer.state())
+    save_checkpoint(str(tmp_path / "ckpt.pt"), random_model(tokenizer.vocab_size, context=32), tokenizer=tokenizer.state())
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(record) + "\n" for record in CORPUS))
     return tmp_path
 
@@ -290,20 +351,23 @@ def test_a_chunk_without_a_finished_draw_stays_plain_and_is_counted(stage):
     assert summary["unfinished"] == pytest.approx(len(plain) / 25) and math.isfinite(summary["bound"])
 
 
-def test_a_killed_run_continues_to_the_same_bytes(stage, monkeypatch):
-    """Stopped after any block; finished blocks are not drawn again."""
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 4])
+def test_a_killed_run_continues_to_the_same_bytes(stage, monkeypatch, stop_at):
+    """Stopped in any block; finished blocks are not drawn again, and a file that was not finished is not read."""
     whole = run_main(stage, "whole.jsonl")
     annotate_block, calls = sample_latents.annotate_block, []
 
     def failing(*arguments):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == stop_at:
             raise KeyboardInterrupt
         return annotate_block(*arguments)
     monkeypatch.setattr(sample_latents, "annotate_block", failing)
     with pytest.raises(KeyboardInterrupt):
         run_main(stage, "killed.jsonl")
     assert not (stage / "killed.jsonl").exists()
+    (stage / "killed.jsonl.parts").mkdir(exist_ok=True)
+    (stage / "killed.jsonl.parts" / "000000003.jsonl.tmp").write_text('{"text": "half a li')
     assert run_main(stage, "killed.jsonl") == whole and len(calls) == 5
     assert not (stage / "killed.jsonl.parts").exists()
 
@@ -324,13 +388,14 @@ def test_ranks_divide_the_blocks_and_write_the_same_bytes(stage):
 
 
 @pytest.mark.slow
-def test_two_gloo_processes_write_the_same_bytes(stage):
-    """torchrun over two processes, one thread each: the file of one process."""
+@pytest.mark.parametrize("processes", [2, 3])
+def test_gloo_processes_write_the_same_bytes(stage, processes):
+    """torchrun over several processes, one thread each: the file of one process."""
     whole = run_main(stage, "whole.jsonl")
     flags = ["--checkpoint", "ckpt.pt", "--data", "corpus.jsonl", "--out", "two.jsonl", "--device", "cpu", "--num_latents", "4",
              "--max_latent_tokens", "6", "--block_documents", "7"]
     script = str(Path(sample_latents.__file__))
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *flags],
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", script, *flags],
                    cwd=stage, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert (stage / "two.jsonl").read_bytes() == whole
 
@@ -358,6 +423,72 @@ def test_the_config_of_a_run_repeats_it(stage):
 def test_a_setting_that_makes_no_sense_is_named(stage, flag, value):
     with pytest.raises(ValueError, match=f"{flag} {value}"):
         run_main(stage, "x.jsonl", flag, value)
+
+
+def test_keep_all_writes_every_draw_with_its_weight(stage):
+    """The weights are the softmax of the log-weights, an unfinished draw has none, and what is kept is among the draws."""
+    one, every = (run_main(stage, f"{keep}.jsonl", "--keep", keep) for keep in ("one", "all"))
+    for a, b in zip(map(json.loads, one.splitlines()), map(json.loads, every.splitlines())):
+        a, b = a["chunks"][-1], b["chunks"][-1]
+        if "log_joint" in b:
+            log_w = torch.tensor([-math.inf if p is None else p - q for p, q in zip(b["log_joint"], b["log_proposal"])])
+            expected = log_w.softmax(-1) if any(b["finished"]) else torch.zeros(4)
+            torch.testing.assert_close(torch.tensor(b.pop("weights")), expected)
+            draws = b.pop("draws")
+            assert [len(draw) for draw in draws] == b["lengths"] and (b["latent"] is None or b["latent_ids"] in draws)
+        assert a == b
+
+
+def test_chunks_with_a_latent_are_drawn_anew_only_where_asked(stage):
+    """An annotated corpus is left as it is; --redraw true draws for every observed chunk, and drops what was there."""
+    again = ["--data", str(stage / "first.jsonl"), "--round", "2"]
+    run_main(stage, "first.jsonl", "--keep", "all")
+    run_main(stage, "same.jsonl", *again)
+    run_main(stage, "other.jsonl", *again, "--redraw", "true")
+    first, same, other = (read_corpus(str(stage / f"{name}.jsonl")) for name in ("first", "same", "other"))
+    with_latent = [n for n, record in enumerate(first) if record["chunks"][-1]["latent"] is not None]
+    assert len(with_latent) > 10 and all(first[n]["chunks"] == same[n]["chunks"] for n in with_latent)
+    assert all("draws" not in record["chunks"][-1] and len(record["chunks"][-1]["finished"]) == 4 for record in other)
+    assert summarize(other)["chunks"] == len(CORPUS) and [r["text"] for r in other] == [r["text"] for r in CORPUS]
+
+
+def test_blocks_stream(stage, tokenizer):
+    """The first block needs the first lines only, so memory does not grow with the corpus."""
+    path = stage / "long.jsonl"
+    path.write_text('{"text": "a b"}\n' * 10 + "not read yet\n")
+    blocks = own_documents(str(path), tokenizer, 5, Ranks(0, 1, torch.device("cpu")))
+    assert [[d.index for d in documents] for _, documents in itertools.islice(blocks, 2)] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+    with pytest.raises(ValueError, match="long.jsonl:11"):
+        next(blocks)
+
+
+@pytest.mark.parametrize("line, message", [
+    ("{\"text\": ", "corpus.jsonl:2: "), ('{"text": "zebra"}', "corpus.jsonl:2: 'zebra'.*vocabulary"),
+    ('{"text": "a b c d a b c d a b c d a b c d a b c d a b c d a b c d"}', "corpus.jsonl:2: the prompt of chunk 0 has .* context of 32")])
+def test_a_bad_line_is_named_before_the_model_is_loaded(stage, monkeypatch, line, message):
+    monkeypatch.setattr(sample_latents, "load_checkpoint", lambda *arguments: pytest.fail("the model was loaded"))
+    (stage / "corpus.jsonl").write_text('{"text": "a b"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=message):
+        run_main(stage, "x.jsonl")
+    assert not list(stage.glob("x.jsonl*"))
+
+
+def test_show_prints_thoughts_with_their_weights(stage, capsys):
+    """Equal draws together, their weights adding up to one, the kept one marked; no file is written."""
+    main(["--checkpoint", str(stage / "ckpt.pt"), "--data", str(stage / "corpus.jsonl"), "--out", str(stage / "x.jsonl"),
+          "--device", "cpu", "--num_latents", "8", "--max_latent_tokens", "6", "--show", "2"])
+    shown = capsys.readouterr().out
+    assert shown.count("document ") == 2 and shown.count(" kept ") <= 2 and "ess" in shown and not (stage / "x.jsonl").exists()
+    first = [line.lstrip(" █") for line in shown.split("\n\n")[0].splitlines() if " x " in line]
+    assert sum(float(line.split()[0]) for line in first) == pytest.approx(1, abs=0.05)
+    assert sum(int(line.split()[1]) for line in first) == 8
+
+
+def test_prompt_thinks_then_answers(stage, capsys):
+    """The greedy thought after BOS text SOL PRIOR, then the greedy text after it."""
+    main(["--checkpoint", str(stage / "ckpt.pt"), "--device", "cpu", "--prompt", "a b c", "--max_latent_tokens", "6"])
+    shown = dict(line.split(maxsplit=1) if " " in line.strip() else (line.strip(), "") for line in capsys.readouterr().out.splitlines())
+    assert set(shown) == {"prompt", "thought", "answer"} and shown["prompt"] == "a b c"
 
 
 def test_places_to_infer_are_the_observed_chunks_without_thought(documents):

@@ -1,0 +1,171 @@
+"""Speed of the E-step's engine on models of two sizes; not collected by pytest.
+
+    python -m tests.bench_sample sample --size S     K = 8 draws per ragged prompt, useful tokens per second
+    python -m tests.bench_sample score --size S      log p of ragged sequences, tokens per second
+    python -m tests.bench_sample shared --size S     log p of K sequences after a shared prefix, with and without sharing it
+    python -m tests.bench_sample flips --size S      how often other slot counts change a token, and what bfloat16 does to weights
+    python -m tests.bench_sample e_step              an E-step of the embedded corpus: the share of its time in model passes
+
+sizes   S: 4 layers, width 256, 4 heads, ffn 688, vocabulary 512;  M: 12 layers, width 768, 12 heads, ffn 2048, vocabulary 50304
+sample  prompts of 64 to 200 tokens, at most 128 new ones; the stop id has probability 1/50 a step, only tokens before it count
+score   eight sequences per --prompts, of 100 to 300 tokens
+
+The workload is one that any other engine can be given. The last line is JSON; ratios measured in turn on one machine count,
+absolute speeds do not.
+"""
+import argparse
+import json
+import math
+import random
+import statistics
+import tempfile
+import time
+
+import torch
+
+from data.alchemy import prepare
+from data.layout import GIVEN, TEXT, Sequence, read_corpus, texts_of
+from data.loader import score_sequences
+from data.run import Ranks
+from data.tokens import tokenizer_for
+from model import GPT, GPTConfig
+from sample_latents import (SampleConfig, at_precision, e_step, effective_sample_size, generate, score_after_prompts,
+                            uniform_numbers, vocabulary_mask)
+
+SIZES = {"S": dict(layers=4, width=256, heads=4, kv_heads=4, ffn=688, vocab_size=512),
+         "M": dict(layers=12, width=768, heads=12, kv_heads=12, ffn=2048, vocab_size=50304)}
+STOP, MAX_NEW = 2, 128
+
+
+class StoppingGPT(GPT):
+    """An untrained model whose stop id has probability 1/50."""
+
+    def logits(self, hidden):
+        logits = super().logits(hidden)
+        logits[..., STOP] += math.log((self.config.vocab_size - 1) / 49)
+        return logits
+
+
+def build(args) -> GPT:
+    model = StoppingGPT(GPTConfig(context=1024, tied=True, embedding_std=0.02, **SIZES[args.size])).to(args.device)
+    return at_precision(model, args.dtype)
+
+
+def timed(job, args) -> dict:
+    """Median, lowest and highest tokens per second of job() -> tokens, after one warm-up."""
+    job()
+    speeds = []
+    for _ in range(args.repeats):
+        start = time.perf_counter()
+        tokens = job()
+        speeds.append(tokens / (time.perf_counter() - start))
+    return dict(tokens_per_second=round(statistics.median(speeds), 1), low=round(min(speeds), 1), high=round(max(speeds), 1))
+
+
+def random_ids(rng, args, low, high) -> list[int]:
+    return [rng.randrange(10, SIZES[args.size]["vocab_size"]) for _ in range(rng.randint(low, high))]
+
+
+def draw(model, args, slots):
+    rng = random.Random(1)
+    prompts = [random_ids(rng, args, args.prefix or 64, args.prefix or 200) for _ in range(args.prompts)]
+    return prompts, generate(model, prompts, uniform_numbers(0, "bench", (), (args.prompts, args.k, MAX_NEW)),
+                             stop=vocabulary_mask(model, STOP), banned=vocabulary_mask(model), slots=slots)
+
+
+def sample(args) -> dict:
+    model, shares = build(args), []
+
+    def job():
+        drawn = draw(model, args, args.slots)[1]
+        shares.append(drawn.num_tokens / drawn.row_steps)
+        return sum(map(len, drawn.ids))
+    return timed(job, args) | {"useful_row_steps": round(shares[0], 4)}
+
+
+def score(args) -> dict:
+    model, rng = build(args), random.Random(2)
+    sequences = [Sequence(ids, [GIVEN] + [TEXT] * (len(ids) - 1)) for ids in (random_ids(rng, args, 100, 300) for _ in range(args.prompts * 8))]
+
+    def job():
+        score_sequences(model, sequences, args.batch_tokens)
+        return sum(len(sequence.ids) for sequence in sequences)
+    return timed(job, args)
+
+
+def shared(args) -> dict:
+    """Sequences of 20 to 100 tokens after prefixes of --prefix tokens; only they count."""
+    model, rng = build(args), random.Random(3)
+    prompts = [random_ids(rng, args, max(1, args.prefix), max(1, args.prefix)) for _ in range(args.prompts)]
+    parts = [[random_ids(rng, args, 20, 100) for _ in range(args.k)] for _ in prompts]
+    after = [Sequence([prompt[-1], *ids], [GIVEN] + [TEXT] * len(ids)) for prompt, k in zip(prompts, parts) for ids in k]
+    whole = [Sequence(prompt + ids, [GIVEN] * len(prompt) + [TEXT] * len(ids)) for prompt, k in zip(prompts, parts) for ids in k]
+    owners, tokens = [n for n in range(args.prompts) for _ in range(args.k)], sum(len(ids) for k in parts for ids in k)
+    ours = timed(lambda: score_after_prompts(model, prompts, owners, after, args.batch_tokens).numel() and tokens, args)
+    plain = timed(lambda: score_sequences(model, whole, args.batch_tokens).numel() and tokens, args)
+    return ours | {"without_sharing": plain["tokens_per_second"], "ratio": round(ours["tokens_per_second"] / plain["tokens_per_second"], 2)}
+
+
+def flips(args) -> dict:
+    """Draws that change with the number of slots; the step log-probs against the scorer's, and what that does to weights."""
+    model = build(args)
+    prompts, base = draw(model, args, 64)
+    changed = {slots: sum(a != b for a, b in zip(base.ids, draw(model, args, slots)[1].ids)) for slots in (1, 7, 16, 33, 1000)}
+    new = [ids + [STOP] * int(done) for ids, done in zip(base.ids, base.finished)]
+    owners = [n for n in range(args.prompts) for _ in range(args.k)]
+    after = [Sequence([prompts[n][-1], *ids], [GIVEN] + [TEXT] * len(ids)) for n, ids in zip(owners, new)]
+    error = score_after_prompts(model, prompts, owners, after, args.batch_tokens) - base.log_prob
+    exact = score_after_prompts(at_precision(model, "float32"), prompts, owners, after, args.batch_tokens)
+    ess = effective_sample_size(error.view(-1, args.k).softmax(-1))       # of weights that should all be equal
+    return {"draws": len(new), "tokens": sum(map(len, new)), "changed_draws": changed, "ess": round(ess.mean().item(), 3),
+            "sampler_minus_scorer_std": float(f"{error.std().item():.2g}"), "largest": float(f"{error.abs().max().item():.2g}"),
+            "sampler_minus_float32_std": float(f"{(base.log_prob - exact).std().item():.2g}")}
+
+
+def e_step_of_corpus(args) -> dict:
+    """An E-step of the embedded corpus with an untrained model of the default shape that stops after ten tokens or so."""
+    with tempfile.TemporaryDirectory() as folder:
+        prepare.main(["--out", folder])
+        records = read_corpus(f"{folder}/raw.jsonl")
+        tokenizer = tokenizer_for(texts_of(records + read_corpus(f"{folder}/gold.jsonl"), "words"), "words")
+        model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size)).to(args.device)
+        seconds = 0.0
+
+        def clocked(method):
+            def run(*arguments, **named):
+                nonlocal seconds
+                start = time.perf_counter()
+                out = method(*arguments, **named)
+                seconds += time.perf_counter() - start
+                return out
+            return run
+        model.hidden, model.logits = clocked(model.hidden), clocked(model.logits)
+        start = time.perf_counter()
+        summary = e_step(model, tokenizer, f"{folder}/raw.jsonl", SampleConfig(num_latents=args.k, slots=args.slots), 1, f"{folder}/out.jsonl",
+                         Ranks(0, 1, torch.device(args.device)))
+        whole = time.perf_counter() - start
+    return {"tokens_per_second": round(summary["sampled_tokens"] / whole), "seconds": round(whole, 2), "in_model_passes": round(seconds / whole, 3)}
+
+
+def main() -> None:
+    jobs = {"sample": sample, "score": score, "shared": shared, "flips": flips, "e_step": e_step_of_corpus}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", choices=jobs)
+    parser.add_argument("--size", choices=SIZES, default="S")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--k", type=int, default=8, help="draws per prompt")
+    parser.add_argument("--prefix", type=int, default=0, help="tokens of every prompt; 0: ragged (sample), none (shared)")
+    parser.add_argument("--slots", type=int, default=512)
+    parser.add_argument("--batch_tokens", type=int, default=4096)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    with torch.inference_mode():
+        print(json.dumps(dict(engine="nanoBoLT", torch=torch.__version__, **jobs[args.job](args), **vars(args))))
+
+
+if __name__ == "__main__":
+    main()
