@@ -19,10 +19,9 @@ import os
 import re
 import shutil
 import time
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, Literal
+from typing import Callable, Iterator, Literal
 
 import numpy as np
 import torch
@@ -32,6 +31,7 @@ from tqdm import tqdm
 
 from data.layout import Document, Layout, Sequence, numbered_lines, read_document, stream_corpus
 from data.loader import length_batches, padded, summed_log_probs
+from data.report import show_chunk, summarize
 from data.run import (Ranks, join_files, open_run, option, parse_config, random_stream, require_positive, script, start_ranks,
                       write_jsonl)
 from data.tokens import Tokenizer
@@ -123,14 +123,14 @@ class Generated:
 
 def prefill(model: GPT, prompts: list[list[int]]) -> Prompts:
     """Keys and values of some prompts, but for the last token of each: what continues a prompt feeds that one first."""
-    weight, longest = model.embedding.weight, max(map(len, prompts)) - 1
-    cache = Prompts(model.config, len(prompts), longest, weight.device, weight.dtype)
+    device, longest = model.embedding.weight.device, max(map(len, prompts)) - 1
+    cache = Prompts(model.config, len(prompts), longest, device, model.dtype)
     cache.lengths[:] = torch.tensor([len(prompt) - 1 for prompt in prompts])
     if longest:
         ids = torch.zeros(len(prompts), longest, dtype=torch.long)
         for row, prompt in enumerate(prompts):
             ids[row, :len(prompt) - 1] = torch.tensor(prompt[:-1])
-        model.hidden(ids.to(weight.device), cache=cache)
+        model.hidden(ids.to(device), cache=cache)
     return cache
 
 
@@ -150,12 +150,12 @@ class Slots:
     """
 
     def __init__(self, model: GPT, prompts: list[list[int]], uniforms: Tensor, rows: int):
-        (N, K, L), device, dtype = uniforms.shape, model.embedding.weight.device, model.embedding.weight.dtype
+        (N, K, L), device = uniforms.shape, model.embedding.weight.device
         self.model, self.prompts, self.K, self.L, self.nobody = model, prompts, K, L, N * K
         self.steps, self.row_steps, self.done, rows = 0, 0, 0, min(rows, N * K)
         self.check_every = CHECK_EVERY.get(device.type, 8)
         self.arrivals, self.waiting, self.waiting_seat = self.prefilled(), range(0), 0    # prompts; draws of the last seated
-        self.seated = Prompts(model.config, 2 + 2 * rows // K, max(map(len, prompts)) - 1, device, dtype)
+        self.seated = Prompts(model.config, 2 + 2 * rows // K, max(map(len, prompts)) - 1, device, model.dtype)
         self.branches = DecodingBranches(self.seated, rows, L)
         # of each row, on the host and on the device
         self.age, self.seat, self.prompt_tokens = (np.full(rows, value) for value in (L, -1, 0))
@@ -325,23 +325,26 @@ def complete(model: GPT, layout: Layout, prompts: list[list[int]], ends: list[in
                     banned=vocabulary_mask(model, *others), slots=slots, greedy=True).ids
 
 
-def score_joint(model: GPT, layout: Layout, places: list[Place], latents: list[list[list[int]]],
-                batch_tokens: int) -> tuple[Tensor, int]:
+def score_joint(model: GPT, layout: Layout, places: list[Place], latents: list[list[list[int]]], batch_tokens: int,
+                finished: Tensor | None = None) -> tuple[Tensor, int]:
     """log p(z, x | C) of K thoughts for each of N chunks, (N, K) float32 nats, and the tokens that went through the model.
 
-    Counts z, EOL and x, at temperature 1. C SOL PRIOR is prefilled once a chunk; equal draws of a chunk are scored once.
+    Counts z, EOL and x, at temperature 1. C SOL PRIOR is prefilled once a chunk and equal draws of a chunk are scored once;
+    draws that are not `finished` (N, K), where that is given, are not scored and have -inf.
     """
     order, owners, sequences = {}, [], []
     prompts = [layout.prior_prompt(*place) for place in places]
-    for n, place in enumerate(places):
-        for latent in map(tuple, latents[n]):
-            if (n, latent) not in order:
-                order[n, latent] = len(sequences)
-                owners.append(n)
-                sequences.append(layout.joint(*place, list(latent)).part(len(prompts[n]) - 1))
+    rows, columns = (torch.ones(len(places), len(latents[0])) if finished is None else finished).nonzero(as_tuple=True)
+    draws = [(n, tuple(latents[n][k])) for n, k in zip(rows.tolist(), columns.tolist())]
+    for n, latent in draws:
+        if (n, latent) not in order:
+            order[n, latent] = len(sequences)
+            owners.append(n)
+            sequences.append(layout.joint(*places[n], list(latent)).part(len(prompts[n]) - 1))
     log_p = score_after_prompts(model, prompts, owners, sequences, batch_tokens)
-    rows = [[order[n, tuple(latent)] for latent in draws] for n, draws in enumerate(latents)]
-    return log_p[torch.tensor(rows)], sum(map(len, prompts)) + sum(len(sequence.ids) - 1 for sequence in sequences)
+    log_joint = torch.full((len(places), len(latents[0])), -math.inf)
+    log_joint[rows, columns] = log_p[[order[draw] for draw in draws]]
+    return log_joint, sum(map(len, prompts)) + sum(len(sequence.ids) - 1 for sequence in sequences)
 
 
 @torch.inference_mode()
@@ -427,9 +430,9 @@ def infer(model: GPT, layout: Layout, places: list[Place], config: SampleConfig,
     K = config.num_latents
     drawn = propose(model, layout, places, config, round, progress)
     latents = [drawn.ids[n * K:(n + 1) * K] for n in range(len(places))]
-    log_joint, scored = score_joint(model, layout, places, latents, config.score_tokens)
-    assert log_joint.isfinite().all() and drawn.log_prob.isfinite().all(), "log-probabilities must be finite"
-    log_joint = log_joint.masked_fill(~drawn.finished.view(-1, K), -math.inf)
+    finished = drawn.finished.view(-1, K)
+    log_joint, scored = score_joint(model, layout, places, latents, config.score_tokens, finished)
+    assert torch.equal(log_joint.isfinite(), finished) and drawn.log_prob.isfinite().all(), "log-probabilities must be finite"
     prefilled = sum(len(layout.posterior_prompt(document, c)) for document, c in places)
     cost = {"prefilled": prefilled, "sampled": drawn.num_tokens, "scored": scored}
     return Evidence(latents, log_joint, drawn.log_prob.view(-1, K), cost)
@@ -559,54 +562,7 @@ def e_step(model: GPT, tokenizer: Tokenizer, corpus: str, config: SampleConfig, 
     return summary
 
 
-def figures(chunk: dict) -> dict[str, float]:
-    """What a drawn chunk adds to the sums of `summarize`."""
-    log_w = [p - q for p, q in zip(chunk["log_joint"], chunk["log_proposal"]) if p is not None]
-    sums = {"chunks": 1, "draws": len(chunk["finished"]), "finished": len(log_w), "tokens": sum(chunk["lengths"]), "log_w": sum(log_w)}
-    if log_w:
-        shares = [math.exp(x - max(log_w)) for x in log_w]
-        entropy = math.log(sum(shares)) - sum(share * math.log(share) for share in shares if share) / sum(shares)
-        sums |= {"usable": 1, "ess": chunk["ess"], "entropy": entropy, "bound": chunk["bound"]}
-    return sums
-
-
-def summarize(records: Iterable[dict]) -> dict:
-    """Figures of an E-step's output, over its chunks that were drawn for. Nats, tokens; means over the usable chunks."""
-    total: Counter = Counter()
-    for record in records:
-        total.update({f"{kind}_tokens": tokens for kind, tokens in record.get("cost", {}).items()})
-        for chunk in record["chunks"]:
-            if "log_proposal" in chunk:
-                total.update(figures(chunk))
-
-    def mean(name, over):
-        return total[name] / total[over] if total[over] else math.nan
-    return {"chunks": total["chunks"], "left_plain": total["chunks"] - total["usable"],
-            "ess": mean("ess", "usable"), "weight_entropy": mean("entropy", "usable"),
-            "unfinished": 1 - mean("finished", "draws"), "latent_tokens": mean("tokens", "draws"),
-            "bound": mean("bound", "usable"), "elbo_finished": mean("log_w", "finished"),
-            **{f"{kind}_tokens": total[f"{kind}_tokens"] for kind in ("prefilled", "sampled", "scored")}}
-
-
 # ---- for people ------------------------------------------------------------------------------------------------
-
-def show_chunk(layout: Layout, place: Place, annotation: dict) -> str:
-    """A chunk as a person wants to see it: what comes before, the thoughts with their weights as bars, the text, ess, bound."""
-    (document, c), decode = place, layout.tokenizer.decode
-    weights, times = Counter(), Counter()       # of equal thoughts together
-    for ids, weight, finished in zip(annotation["draws"], annotation["weights"], annotation["finished"]):
-        thought = (decode(ids), finished)
-        weights[thought] += weight
-        times[thought] += 1
-    lines = [f"document {document.index}, chunk {c}", f"  prefix   {decode(layout.context(document, c)[1:])!r}",
-             f"  text     {decode(document.chunks[c].suffix)!r}"]
-    for (thought, finished), weight in weights.most_common():
-        mark = "kept" if finished and thought == annotation["latent"] else "" if finished else "unfinished"
-        lines.append(f"  {'█' * round(20 * weight):20s} {weight:.2f} {times[thought, finished]:3d} x {mark:10s} {thought!r}")
-    if annotation["bound"] is not None:
-        lines.append(f"  ess {annotation['ess']:.1f} of {len(annotation['draws'])}, bound {annotation['bound']:.2f} nats")
-    return "\n".join(lines)
-
 
 def show(model: GPT, tokenizer: Tokenizer, config: "MainConfig") -> Iterator[str]:
     """The first chunks of a corpus with their thoughts; nothing is written."""

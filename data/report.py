@@ -1,18 +1,75 @@
-"""The table and the verdicts of a bolt.py run, from the evaluations it left in its folder.
+"""What people read: the figures of an E-step, a chunk with its thoughts, the table and the verdicts of a bolt.py run.
 
     python -m data.report runs/seed0 runs/seed1 runs/seed2        the table over several runs: mean ± standard error
 
-A record is the evaluation of one model: `correct` and `nll` (nats) have an entry per held-out document, `passes` is what
-making the model took, in forward passes of a token. See `evaluate` in bolt.py.
+An E-step's figures come from the corpus it wrote, a run's from the evaluations in its folder. A record is the evaluation
+of one model: `correct` and `nll` (nats) have an entry per held-out document, `passes` is what making the model took, in
+forward passes of a token. See `evaluate` in bolt.py.
 """
 import json
 import math
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Iterable
 
 import numpy as np
 
+
+# ---- an E-step -------------------------------------------------------------------------------------------------
+
+def figures_of_chunk(chunk: dict) -> dict[str, float]:
+    """What a drawn chunk adds to the sums of `summarize`."""
+    log_w = [p - q for p, q in zip(chunk["log_joint"], chunk["log_proposal"]) if p is not None]
+    sums = {"chunks": 1, "draws": len(chunk["finished"]), "finished": len(log_w), "tokens": sum(chunk["lengths"]), "log_w": sum(log_w)}
+    if log_w:
+        shares = [math.exp(x - max(log_w)) for x in log_w]
+        entropy = math.log(sum(shares)) - sum(share * math.log(share) for share in shares if share) / sum(shares)
+        sums |= {"usable": 1, "ess": chunk["ess"], "entropy": entropy, "bound": chunk["bound"]}
+    return sums
+
+
+def summarize(records: Iterable[dict]) -> dict:
+    """Figures of an E-step's output, one document at a time, over its chunks that were drawn for.
+
+    Nats and tokens; means over the chunks of which a draw finished, of elbo_finished over the finished draws.
+    """
+    total: Counter = Counter()
+    for record in records:
+        total.update({f"{kind}_tokens": tokens for kind, tokens in record.get("cost", {}).items()})
+        for chunk in record["chunks"]:
+            if "log_proposal" in chunk:
+                total.update(figures_of_chunk(chunk))
+
+    def ratio(name, over):
+        return total[name] / total[over] if total[over] else math.nan
+    return {"chunks": total["chunks"], "left_plain": total["chunks"] - total["usable"],
+            "ess": ratio("ess", "usable"), "weight_entropy": ratio("entropy", "usable"),
+            "unfinished": 1 - ratio("finished", "draws"), "latent_tokens": ratio("tokens", "draws"),
+            "bound": ratio("bound", "usable"), "elbo_finished": ratio("log_w", "finished"),
+            **{f"{kind}_tokens": total[f"{kind}_tokens"] for kind in ("prefilled", "sampled", "scored")}}
+
+
+def show_chunk(layout, place, annotation: dict) -> str:
+    """A chunk as a person wants to see it: what comes before, the thoughts with their weights as bars, the text, ess, bound."""
+    (document, c), decode = place, layout.tokenizer.decode
+    weights, times = Counter(), Counter()       # of equal thoughts together
+    for ids, weight, finished in zip(annotation["draws"], annotation["weights"], annotation["finished"]):
+        thought = (decode(ids), finished)
+        weights[thought] += weight
+        times[thought] += 1
+    lines = [f"document {document.index}, chunk {c}", f"  prefix   {decode(layout.context(document, c)[1:])!r}",
+             f"  text     {decode(document.chunks[c].suffix)!r}"]
+    for (thought, finished), weight in weights.most_common():
+        mark = "kept" if finished and thought == annotation["latent"] else "" if finished else "unfinished"
+        lines.append(f"  {'█' * round(20 * weight):20s} {weight:.2f} {times[thought, finished]:3d} x {mark:10s} {thought!r}")
+    if annotation["bound"] is not None:
+        lines.append(f"  ess {annotation['ess']:.1f} of {len(annotation['draws'])}, bound {annotation['bound']:.2f} nats")
+    return "\n".join(lines)
+
+
+# ---- a run -----------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class HeldOut:

@@ -3,7 +3,8 @@
     python -m tests.bench_sample sample --size S     K = 8 draws per ragged prompt, useful tokens per second
     python -m tests.bench_sample score --size S      log p of ragged sequences, tokens per second
     python -m tests.bench_sample shared --size S     log p of K sequences after a shared prefix, with and without sharing it
-    python -m tests.bench_sample flips --size S      how often other slot counts change a token, and what bfloat16 does to weights
+    python -m tests.bench_sample flips --size S      how often other slot counts change a draw
+    python -m tests.bench_sample precision --checkpoint CKPT --data CORPUS    what --dtype does to log-probs, weights and choices
     python -m tests.bench_sample e_step              an E-step of the embedded corpus: the share of its time in model passes
 
 sizes   S: 4 layers, width 256, 4 heads, ffn 688, vocabulary 512;  M: 12 layers, width 768, 12 heads, ffn 2048, vocabulary 50304
@@ -24,13 +25,13 @@ import time
 import torch
 
 from data.alchemy import prepare
-from data.layout import GIVEN, TEXT, Sequence, read_corpus, texts_of
-from data.loader import score_sequences
+from data.layout import GIVEN, TEXT, Layout, Sequence, encode_corpus, read_corpus, texts_of
+from data.loader import padded, score_sequences
 from data.run import Ranks
-from data.tokens import tokenizer_for
-from model import GPT, GPTConfig
-from sample_latents import (SampleConfig, at_precision, e_step, effective_sample_size, generate, score_after_prompts,
-                            uniform_numbers, vocabulary_mask)
+from data.tokens import Tokenizer, tokenizer_for
+from model import GPT, GPTConfig, load_checkpoint
+from sample_latents import (SampleConfig, at_precision, e_step, effective_sample_size, generate, infer, places_to_infer,
+                            proposal_log_probs, resample, score_after_prompts, score_joint, uniform_numbers, vocabulary_mask)
 
 SIZES = {"S": dict(layers=4, width=256, heads=4, kv_heads=4, ffn=688, vocab_size=512),
          "M": dict(layers=12, width=768, heads=12, kv_heads=12, ffn=2048, vocab_size=50304)}
@@ -107,19 +108,50 @@ def shared(args) -> dict:
 
 
 def flips(args) -> dict:
-    """Draws that change with the number of slots; the step log-probs against the scorer's, and what that does to weights."""
+    """Draws that change with the number of slots."""
     model = build(args)
-    prompts, base = draw(model, args, 64)
+    base = draw(model, args, 64)[1]
     changed = {slots: sum(a != b for a, b in zip(base.ids, draw(model, args, slots)[1].ids)) for slots in (1, 7, 16, 33, 1000)}
-    new = [ids + [STOP] * int(done) for ids, done in zip(base.ids, base.finished)]
-    owners = [n for n in range(args.prompts) for _ in range(args.k)]
-    after = [Sequence([prompts[n][-1], *ids], [GIVEN] + [TEXT] * len(ids)) for n, ids in zip(owners, new)]
-    error = score_after_prompts(model, prompts, owners, after, args.batch_tokens) - base.log_prob
-    exact = score_after_prompts(at_precision(model, "float32"), prompts, owners, after, args.batch_tokens)
-    ess = effective_sample_size(error.view(-1, args.k).softmax(-1))       # of weights that should all be equal
-    return {"draws": len(new), "tokens": sum(map(len, new)), "changed_draws": changed, "ess": round(ess.mean().item(), 3),
-            "sampler_minus_scorer_std": float(f"{error.std().item():.2g}"), "largest": float(f"{error.abs().max().item():.2g}"),
-            "sampler_minus_float32_std": float(f"{(base.log_prob - exact).std().item():.2g}")}
+    return {"draws": len(base.ids), "tokens": sum(map(len, base.ids)), "changed_draws": changed}
+
+
+def scored_proposal(model, layout, places, latents, config) -> torch.Tensor:
+    """log q of finished draws by whole sequences through the model: what `propose` sums up token by token from its cache."""
+    others = [i for i in layout.tokenizer.marker.values() if i != layout.eol]
+    banned, log_q = vocabulary_mask(model, *others), []
+    for place, draws in zip(places, latents):
+        prompt = layout.posterior_prompt(*place)
+        batch = padded([Sequence(prompt + ids + [layout.eol], [GIVEN] * len(prompt) + [TEXT] * (len(ids) + 1)) for ids in draws])
+        logits = model.logits(model.hidden(batch.ids))
+        each = proposal_log_probs(logits.flatten(0, 1), config.temperature, banned).view(logits.shape)
+        log_q.append((each.gather(-1, batch.targets.clamp(min=0)[..., None]).squeeze(-1) * (batch.targets >= 0)).sum(-1))
+    return torch.stack(log_q)
+
+
+def precision(args) -> dict:
+    """The sampler's log-probs against whole passes at the same and at full precision, and the weights each gives."""
+    model, state = load_checkpoint(args.checkpoint)
+    layout, low = Layout(Tokenizer(**state["tokenizer"])), at_precision(model, args.dtype)
+    documents, config = encode_corpus(read_corpus(args.data)[:args.prompts], layout.tokenizer), SampleConfig(num_latents=args.k)
+    places = [place for document in documents for place in places_to_infer(document)]
+    drawn = infer(low, layout, places, config, 1)
+    rows = drawn.finished.all(dim=-1)
+    uniforms = uniform_numbers(0, "bench", (), (int(rows.sum()),))
+
+    def weigh(joint, proposal):
+        weights = (joint - proposal)[rows].softmax(-1)
+        return resample(weights, uniforms), effective_sample_size(weights).mean().item()
+    scored = scored_proposal(low, layout, places, drawn.latents, config)
+    joint, exact = (score_joint(m, layout, places, drawn.latents, args.batch_tokens)[0] for m in (low, model))
+    exact_q = scored_proposal(model, layout, places, drawn.latents, config)
+    results = {"sampler": weigh(joint, drawn.log_proposal), "rescored": weigh(joint, scored), "float32": weigh(exact, exact_q)}
+
+    def std(a, b):
+        return float(f"{(a - b)[rows].std().item():.2g}")
+    return {"chunks": int(rows.sum()), "sampler_minus_rescored_q": std(drawn.log_proposal, scored), "q_minus_float32": std(scored, exact_q),
+            "p_minus_float32": std(joint, exact), "ess": {name: round(ess, 3) for name, (_, ess) in results.items()},
+            "kept_changed": {name: round((results[name][0] != results["float32"][0]).float().mean().item(), 4) for name in ("sampler", "rescored")},
+            "kept_changed_by_rescoring": round((results["sampler"][0] != results["rescored"][0]).float().mean().item(), 4)}
 
 
 def e_step_of_corpus(args) -> dict:
@@ -148,7 +180,7 @@ def e_step_of_corpus(args) -> dict:
 
 
 def main() -> None:
-    jobs = {"sample": sample, "score": score, "shared": shared, "flips": flips, "e_step": e_step_of_corpus}
+    jobs = {"sample": sample, "score": score, "shared": shared, "flips": flips, "precision": precision, "e_step": e_step_of_corpus}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", choices=jobs)
     parser.add_argument("--size", choices=SIZES, default="S")
@@ -161,6 +193,8 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=512)
     parser.add_argument("--batch_tokens", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--checkpoint", default="runs/bolt/warm/ckpt.pt")
+    parser.add_argument("--data", default="runs/bolt/corpus/raw.jsonl")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with torch.inference_mode():

@@ -18,7 +18,7 @@ PICTURE = {
     "data.layout": {"data.tokens"},
     "data.loader": {"data.layout", "data.run"},
     "train": {"model", "data.layout", "data.loader", "data.run", "data.tokens"},
-    "sample_latents": {"model", "data.layout", "data.loader", "data.run", "data.tokens"},
+    "sample_latents": {"model", "data.layout", "data.loader", "data.report", "data.run", "data.tokens"},
     "bolt": {"train", "sample_latents", "model", "data.layout", "data.loader", "data.report", "data.run", "data.tokens", "data.alchemy.world"},
 }
 

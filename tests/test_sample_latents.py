@@ -229,13 +229,17 @@ def test_a_single_draw_is_kept_with_weight_one(small):
 
 def test_bfloat16_keeps_logits_in_float32(small):
     """The copy computes its blocks in bfloat16; embedding, last norm and head stay, and log-probs come near."""
-    model = small[0]
+    model, layout, place = small
     low = at_precision(model, "bfloat16")
     assert at_precision(model, "auto") is model and model.dtype == torch.float32 and low.dtype == torch.bfloat16
     ids = torch.randint(0, 9, (3, 12), generator=torch.Generator().manual_seed(0))
     assert low.logits(low.hidden(ids)).dtype == low.head.weight.dtype == torch.float32
     difference = (low(ids, ids) - model(ids, ids)).abs()
     assert 0 < difference.max() < 0.1
+    config = SampleConfig(num_latents=20, max_latent_tokens=CAP)
+    evidence, exact = infer(low, layout, [place], config, 1), dict((z, p) for z, p, _ in enumerate_thoughts(*small, 1.3))
+    for ids, log_p in zip(evidence.latents[0], evidence.log_joint[0].tolist()):
+        assert log_p == -math.inf or abs(exact[tuple(ids)] - log_p) < 0.3
 
 
 def test_step_log_probs_are_the_rescored_ones(small):
@@ -266,6 +270,9 @@ def test_equal_draws_are_scored_once_and_alike(small):
     log_joint, tokens = score_joint(model, layout, [place], [[[0, 1], [2], [0, 1]]], 100)
     assert log_joint[0, 0] == log_joint[0, 2] != log_joint[0, 1]
     assert tokens == len(layout.prior_prompt(*place)) + len([0, 1]) + len([2]) + 2 * 2      # EOL and x after each
+    some, fewer = score_joint(model, layout, [place], [[[0, 1], [2], [0, 1]]], 100, torch.tensor([[False, True, False]]))
+    assert some[0, 0] == some[0, 2] == -math.inf and fewer == tokens - len([0, 1]) - 2
+    torch.testing.assert_close(some[0, 1], log_joint[0, 1])
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 20, 10 ** 6])
