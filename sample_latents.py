@@ -340,7 +340,7 @@ def score_joint(model: GPT, layout: Layout, places: list[Place], latents: list[l
         if (n, latent) not in order:
             order[n, latent] = len(sequences)
             owners.append(n)
-            sequences.append(layout.joint(*places[n], list(latent)).part(len(prompts[n]) - 1))
+            sequences.append(layout.thought_and_text(*places[n], list(latent)).after(prompts[n][-1:]))
     log_p = score_after_prompts(model, prompts, owners, sequences, batch_tokens)
     log_joint = torch.full((len(places), len(latents[0])), -math.inf)
     log_joint[rows, columns] = log_p[[order[draw] for draw in draws]]
@@ -478,7 +478,7 @@ def annotate_block(model: GPT, layout: Layout, block: list[Document], config: Sa
                 chunk.pop(stale, None)
             chunk |= annotation
         records[0]["cost"] = evidence.cost
-        progress.block_done(records, len(places), evidence.cost["sampled"])
+        progress.block_done(len(places), evidence)
     return records
 
 
@@ -495,9 +495,10 @@ class Progress:
         rate = (self.tokens + tokens) / (time.time() - self.start)
         self.bar.set_postfix_str(f"{rate:,.0f} sampled tokens/s{self.ess}", refresh=False)
 
-    def block_done(self, records: list[dict], chunks: int, tokens: int) -> None:
-        self.chunks, self.tokens = self.chunks + chunks, self.tokens + tokens
-        self.ess = f", ess {summarize(records)['ess']:.1f}"
+    def block_done(self, chunks: int, evidence: Evidence) -> None:
+        weights = evidence.log_weights[evidence.finished.any(dim=-1)].softmax(dim=-1)
+        self.chunks, self.tokens = self.chunks + chunks, self.tokens + evidence.cost["sampled"]
+        self.ess = f", ess {effective_sample_size(weights).mean():.1f}"
 
 
 def own_documents(corpus: str, tokenizer: Tokenizer, block_documents: int, ranks: Ranks) -> Iterator[tuple[int, list[Document]]]:

@@ -190,9 +190,9 @@ class Sequence:
         self.kinds += [kind] * len(ids)
         return self
 
-    def part(self, start: int) -> "Sequence":
-        """The sequence from a place on."""
-        return Sequence(self.ids[start:], self.kinds[start:])
+    def after(self, given: list[int]) -> "Sequence":
+        """The sequence with ids before it that are seen, but neither trained on nor scored."""
+        return Sequence([*given, *self.ids], [GIVEN] * len(given) + self.kinds)
 
 
 class Layout:
@@ -239,8 +239,11 @@ class Layout:
 
     def joint(self, document: Document, chunk: int, latent: list[int]) -> Sequence:
         """BOS C SOL PRIOR z EOL x: the sum over all but the given ids is log p(z, x | C)."""
-        sequence = Sequence().add(GIVEN, self.prior_prompt(document, chunk))
-        return sequence.add(LATENT, latent).add(MARKER, [self.eol]).add(TEXT, document.chunks[chunk].suffix)
+        return self.thought_and_text(document, chunk, latent).after(self.prior_prompt(document, chunk))
+
+    def thought_and_text(self, document: Document, chunk: int, latent: list[int]) -> Sequence:
+        """z EOL x: what follows the prior prompt, all of it scored."""
+        return Sequence().add(LATENT, latent).add(MARKER, [self.eol]).add(TEXT, document.chunks[chunk].suffix)
 
     # evaluation
 
