@@ -170,12 +170,12 @@ def answers_right(lab: Lab, model: GPT, documents: list[Document], mode: str) ->
     layout, places = lab.layout, [(document, len(document.chunks) - 1) for document in documents]
     if mode == "thought":
         prompts = [layout.prior_prompt(*place) for place in places]
-        thoughts = complete(model, layout, prompts, [layout.eol], lab.config.sample.max_latent_tokens)
+        thoughts = complete(model, layout, prompts, [layout.eol], lab.config.sample.max_latent_tokens, lab.config.sample.slots)
         prompts = [prompt + thought + [layout.eol] for prompt, thought in zip(prompts, thoughts)]
     else:
         prompts = [layout.direct_prompt(*place, no_thought=mode == "no_thought") for place in places]
     longest = max(len(document.chunks[c].suffix) for document, c in places)
-    answers = complete(model, layout, prompts, [layout.eos, layout.sol], longest + 2)
+    answers = complete(model, layout, prompts, [layout.eos, layout.sol], longest + 2, lab.config.sample.slots)
     return [final_answer(layout.tokenizer.decode(ids)) == document.record.get("answer")
             for ids, document in zip(answers, documents)]
 

@@ -164,8 +164,7 @@ class DecodingBranches(Branches):
 
     def move(self, to: np.ndarray, source: np.ndarray) -> None:
         """Copy rows over others."""
-        for a, b in zip(to, source):
-            self.keys[:, a], self.values[:, a] = self.keys[:, b], self.values[:, b]
+        self.keys[:, to], self.values[:, to] = self.keys[:, source], self.values[:, source]
 
 
 # ---- the network -----------------------------------------------------------------------------------------------
@@ -337,27 +336,32 @@ def save_checkpoint(path: str, model: GPT, **state) -> None:
     os.replace(temporary, path)
 
 
-def read_checkpoint(path: str) -> dict:
-    """What `save_checkpoint` wrote, with "model_config" and "model". The weights stay on disk until they are used.
+def read_checkpoint(path: str, mmap: bool = False) -> dict:
+    """What `save_checkpoint` wrote, with "model_config" and "model". mmap: the weights stay on disk until they are used.
 
     Raises FileNotFoundError where there is no file, ValueError where it is not a checkpoint of this project.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint at {path!r}; make one with: python train.py --out {os.path.dirname(path)}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        state["model_config"] = GPTConfig(**state["model_config"])
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        state["model_config"], state["model"] = GPTConfig(**state["model_config"]), dict(state["model"])
     except Exception as error:
         raise ValueError(f"{path!r} is not a whole checkpoint of nanoBoLT ({type(error).__name__})") from error
     return state
 
 
-def load_checkpoint(path: str, device="cpu") -> tuple[GPT, dict]:
-    """The model on `device` and the other things saved with it. Raises what `read_checkpoint` does."""
-    state = read_checkpoint(path)
-    model = GPT(state.pop("model_config"))
+def restore(state: dict, device="cpu") -> GPT:
+    """The model of a checkpoint that was read. Raises ValueError where its weights are not those of its configuration."""
+    model = GPT(state["model_config"])
     try:
-        model.load_state_dict(state.pop("model"))
-    except (KeyError, RuntimeError) as error:
-        raise ValueError(f"{path!r} is not a whole checkpoint of nanoBoLT ({type(error).__name__})") from error
-    return model.to(device), state
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        raise ValueError("the weights of the checkpoint do not fit its model_config; it is not of nanoBoLT") from error
+    return model.to(device)
+
+
+def load_checkpoint(path: str, device="cpu") -> tuple[GPT, dict]:
+    """The model on `device` and the other things saved with it. Raises what `read_checkpoint` and `restore` do."""
+    state = read_checkpoint(path)
+    return restore(state, device), {name: value for name, value in state.items() if name not in ("model", "model_config")}

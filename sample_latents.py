@@ -35,11 +35,11 @@ from data.report import show_chunk, summarize
 from data.run import (Ranks, join_files, open_run, option, parse_config, random_stream, require_positive, script, start_ranks,
                       write_jsonl)
 from data.tokens import Tokenizer
-from model import GPT, Branches, DecodingBranches, Prompts, load_checkpoint, read_checkpoint
+from model import GPT, Branches, DecodingBranches, Prompts, read_checkpoint, restore
 
 
 PREFILL_TOKENS = 4096       # of the prompts that are prefilled together
-CHECK_EVERY = {"cpu": 1}    # steps between looks at which draws have ended, by device; 8 on others
+CHECK_EVERY = {"cpu": 1, "cuda": 8, "mps": 8}       # steps between looks at which draws have ended
 
 # ---- config ----------------------------------------------------------------------------------------------------
 
@@ -152,15 +152,15 @@ class Slots:
     def __init__(self, model: GPT, prompts: list[list[int]], uniforms: Tensor, rows: int):
         (N, K, L), device = uniforms.shape, model.embedding.weight.device
         self.model, self.prompts, self.K, self.L, self.nobody = model, prompts, K, L, N * K
-        self.steps, self.row_steps, self.done, rows = 0, 0, 0, min(rows, N * K)
-        self.check_every = CHECK_EVERY.get(device.type, 8)
+        self.steps = self.row_steps = self.done = 0
+        rows = min(rows, N * K)
+        self.check_every = CHECK_EVERY[device.type]
         self.arrivals, self.waiting, self.waiting_seat = self.prefilled(), range(0), 0    # prompts; draws of the last seated
-        self.seated = Prompts(model.config, 2 + 2 * rows // K, max(map(len, prompts)) - 1, device, model.dtype)
+        self.seated = Prompts(model.config, min(rows, 2 + 2 * rows // K), max(map(len, prompts)) - 1, device, model.dtype)
         self.branches = DecodingBranches(self.seated, rows, L)
-        # of each row, on the host and on the device
-        self.age, self.seat, self.prompt_tokens = (np.full(rows, value) for value in (L, -1, 0))
-        self.draw = torch.full((rows,), self.nobody, device=device)
-        self.token = torch.zeros(rows, dtype=torch.long, device=device)
+        # of each row, on the host; `age` on the device too, so that no step has to wait for it
+        self.age, self.seat, self.prompt_tokens = np.full(rows, L), np.full(rows, -1), np.zeros(rows, int)
+        self.draw, self.token, self.age_there = (torch.full((rows,), value, device=device) for value in (self.nobody, 0, L))
         # of each draw, and of nobody
         self.uniforms = F.pad(uniforms.reshape(N * K, L), (0, 0, 0, 1)).to(device)
         self.ids = torch.zeros(N * K + 1, L, dtype=torch.long, device=device)
@@ -200,7 +200,8 @@ class Slots:
             draws += taken
         if draws:
             filled, prompts = rows[:len(draws)], [self.prompts[draw // self.K] for draw in draws]
-            self.age[filled], self.prompt_tokens[filled] = 0, [len(prompt) - 1 for prompt in prompts]
+            self.prompt_tokens[filled] = [len(prompt) - 1 for prompt in prompts]
+            self.age[filled] = self.age_there[filled] = 0
             self.draw[filled] = torch.tensor(draws, device=self.draw.device)
             self.token[filled] = torch.tensor([prompt[-1] for prompt in prompts], device=self.draw.device)
         if len(draws) < len(rows):
@@ -215,7 +216,7 @@ class Slots:
         used = self.seat >= 0
         free, moved = compaction(used)
         self.branches.move(free, moved)
-        for name in ("age", "seat", "prompt_tokens", "draw", "token"):
+        for name in ("age", "seat", "prompt_tokens", "draw", "token", "age_there"):
             column = getattr(self, name)
             column[free] = column[moved]
             setattr(self, name, column[:int(used.sum())])
@@ -229,14 +230,14 @@ class Slots:
 
     def step(self, choose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], stop: Tensor) -> None:
         """Every row draws a token: `choose(logits, uniforms)` gives it and its log-probability."""
-        age = torch.from_numpy(self.age).to(self.token.device)
+        age = self.age_there
         self.branches.place(age[:, None], int(self.age.max()) + 1, int(self.prompt_tokens.max()))
         hidden = self.model.hidden(self.token[:, None], cache=self.branches)
         self.token, log_q = choose(self.model.logits(hidden[:, 0]), self.uniforms[self.draw, age])
         self.ids[self.draw, age] = self.token
         self.log_prob[self.draw] += log_q
         self.draw = self.draw.masked_fill(stop[self.token], self.nobody)
-        self.age += 1
+        self.age, self.age_there = self.age + 1, age + 1
         self.steps += 1
         self.row_steps += len(self.age)
 
@@ -288,9 +289,9 @@ def vocabulary_mask(model: GPT, *ids: int) -> Tensor:
 Place = tuple[Document, int]        # a chunk: its document and its number there
 
 
-def places_to_infer(document: Document, redraw: bool = False) -> list[Place]:
-    """The chunks of a document that want a thought: observed, and without one unless all are drawn anew."""
-    return [(document, c) for c, chunk in enumerate(document.chunks) if not chunk.given and (redraw or chunk.latent is None)]
+def places_to_infer(document: Document) -> list[Place]:
+    """The chunks of a document that want a thought: observed, and without one."""
+    return [(document, c) for c, chunk in enumerate(document.chunks) if not chunk.given and chunk.latent is None]
 
 
 def latent_uniforms(seed: int, round: int, document: int, chunk: int, num_latents: int, max_tokens: int) -> Tensor:
@@ -440,6 +441,9 @@ def infer(model: GPT, layout: Layout, places: list[Place], config: SampleConfig,
 
 # ---- the E-step over a corpus ----------------------------------------------------------------------------------
 
+EVIDENCE = ("log_joint", "log_proposal", "finished", "lengths", "ess", "bound")
+
+
 def annotate(places: list[Place], evidence: Evidence, tokenizer: Tokenizer, config: SampleConfig, round: int) -> list[dict]:
     """What the E-step writes for each chunk: the kept latent and the evidence to recompute the choice."""
     uniforms = torch.stack([uniform_numbers(config.seed, "resample", (round, document.index, c), ())
@@ -458,25 +462,26 @@ def annotate(places: list[Place], evidence: Evidence, tokenizer: Tokenizer, conf
             "lengths": [len(latent) for latent in latents],
             "ess": ess[n].item() if usable[n] else None, "bound": bound[n].item() if usable[n] else None})
         if config.keep == "all":
-            annotations[-1] |= {"draws": latents, "weights": weights[n].tolist()}
+            annotations[-1]["draws"] = [{"latent": tokenizer.decode(ids), "latent_ids": ids, "weight": weight}
+                                        for ids, weight in zip(latents, weights[n].tolist())]
     return annotations
 
 
 def annotate_block(model: GPT, layout: Layout, block: list[Document], config: SampleConfig, round: int,
                    progress: "Progress") -> list[dict]:
     """The lines of the output for a block of documents. The tokens it cost stand with its first document."""
-    places = [place for document in block for place in places_to_infer(document, config.redraw)]
+    places = [place for document in block for place in places_to_infer(document)]
     records = [document.record | {"chunks": [dict(chunk) for chunk in document.record["chunks"]]} for document in block]
-    for record in records:
-        record.pop("cost", None)        # of an earlier E-step
+    for record in records:              # what an earlier E-step left is not this one's
+        record.pop("cost", None)
+        for chunk in record["chunks"]:
+            for name in EVIDENCE:
+                chunk.pop(name, None)
     if places:
         evidence = infer(model, layout, places, config, round, progress)
         first = block[0].index
         for (document, c), annotation in zip(places, annotate(places, evidence, layout.tokenizer, config, round)):
-            chunk = records[document.index - first]["chunks"][c]
-            for stale in ("draws", "weights"):
-                chunk.pop(stale, None)
-            chunk |= annotation
+            records[document.index - first]["chunks"][c] |= annotation
         records[0]["cost"] = evidence.cost
         progress.block_done(len(places), evidence)
     return records
@@ -499,28 +504,31 @@ class Progress:
         weights = evidence.log_weights[evidence.finished.any(dim=-1)].softmax(dim=-1)
         self.chunks, self.tokens = self.chunks + chunks, self.tokens + evidence.cost["sampled"]
         self.ess = f", ess {effective_sample_size(weights).mean():.1f}"
+        self.bar.update(self.chunks - self.bar.n)
 
 
-def own_documents(corpus: str, tokenizer: Tokenizer, block_documents: int, ranks: Ranks) -> Iterator[tuple[int, list[Document]]]:
+def own_documents(corpus: str, tokenizer: Tokenizer, config: SampleConfig, ranks: Ranks) -> Iterator[tuple[int, list[Document]]]:
     """(number, documents) of the blocks of a corpus that are this process's; the others' lines are not even parsed."""
-    for number, lines in itertools.groupby(numbered_lines(corpus), key=lambda line: line[0] // block_documents):
+    for number, lines in itertools.groupby(numbered_lines(corpus), key=lambda line: line[0] // config.block_documents):
         if number % ranks.world == ranks.rank:
-            yield number, [read_document(corpus, i, line, tokenizer) for i, line in lines]
+            yield number, [read_document(corpus, i, line, tokenizer, without_latents=config.redraw) for i, line in lines]
 
 
-def survey(corpus: str, layout: Layout, config: SampleConfig, context: int, ranks: Ranks) -> int:
-    """The number of chunks this process has to draw for. Every line is read and laid out once before work begins.
+def survey(corpus: str, layout: Layout, config: SampleConfig, context: int, ranks: Ranks) -> dict[int, int]:
+    """How many chunks each block of this process has to be drawn for: every line is read and laid out before work begins.
 
     Raises ValueError, naming file, line and chunk, for what could not be drawn for.
     """
-    chunks = 0
-    for _, documents in own_documents(corpus, layout.tokenizer, config.block_documents, ranks):
-        for document, c in (place for document in documents for place in places_to_infer(document, config.redraw)):
+    chunks = {}
+    for number, documents in own_documents(corpus, layout.tokenizer, config, ranks):
+        places = [place for document in documents for place in places_to_infer(document)]
+        for document, c in places:
             prompt = len(layout.posterior_prompt(document, c))
             if prompt + config.max_latent_tokens > context:
-                raise ValueError(f"{corpus}:{document.index + 1}: the prompt of chunk {c} has {prompt} tokens; with {config.max_latent_tokens} "
-                                 f"new ones it exceeds the context of {context}; lower --max_latent_tokens or split the chunk")
-            chunks += 1
+                raise ValueError(
+                    f"{corpus}:{document.index + 1}: the prompt of chunk {c} has {prompt} tokens; with {config.max_latent_tokens} new ones "
+                    f"it exceeds the context of {context}; lower --max_latent_tokens or split the chunk")
+        chunks[number] = len(places)
     return chunks
 
 
@@ -534,33 +542,35 @@ def at_precision(model: GPT, dtype: str) -> GPT:
     return model
 
 
-def e_step(model: GPT, tokenizer: Tokenizer, corpus: str, config: SampleConfig, round: int, out: str, ranks: Ranks) -> dict:
-    """Write the corpus with a drawn latent per chunk to `out`; returns its `summarize`.
+def e_step(model: GPT, tokenizer: Tokenizer, corpus: str, config: SampleConfig, round: int, out: str, ranks: Ranks,
+           chunks: dict[int, int] | None = None) -> dict:
+    """Write the corpus with a drawn latent per chunk to `out`; returns its `summarize`. chunks: what `survey` gave, if it ran.
 
     Blocks of documents are dealt to the ranks and written whole; a run that was killed goes on after the last of them.
     A block is computed alike on any rank, so the file has the same bytes for any number of them (CPU, float32, the
     same number of threads; elsewhere floating point may flip a rare token). One block is in memory at a time.
     """
-    parts, layout, start, whole = Path(f"{out}.parts"), Layout(tokenizer), time.time(), False
+    parts, layout, start = Path(f"{out}.parts"), Layout(tokenizer), time.time()
     if not os.path.exists(out):
-        whole = not parts.exists()
-        progress = Progress(survey(corpus, layout, config, model.config.context, ranks), config.num_latents, ranks.main)
+        chunks = survey(corpus, layout, config, model.config.context, ranks) if chunks is None else chunks
+        paths = {number: parts / f"{number:09d}.jsonl" for number in chunks}
+        missing = [number for number in chunks if not paths[number].exists()]
+        progress = Progress(sum(chunks[number] for number in missing), config.num_latents, ranks.main)
         model = at_precision(model, config.dtype)
-        for number, block in own_documents(corpus, tokenizer, config.block_documents, ranks):
-            path = parts / f"{number:09d}.jsonl"
-            if not path.exists():
-                write_jsonl(path, annotate_block(model, layout, block, config, round, progress))
+        for number, block in own_documents(corpus, tokenizer, config, ranks):
+            if number in missing:
+                write_jsonl(paths[number], annotate_block(model, layout, block, config, round, progress))
         progress.bar.close()
+        if missing:
+            ranks.say(f"  {out}: {progress.tokens / (time.time() - start):,.0f} sampled tokens/s{progress.ess}")
         ranks.barrier()
         if ranks.main:
-            join_files(sorted(parts.glob("*.jsonl")), out)
-            shutil.rmtree(parts)
+            blocks = math.ceil(sum(1 for _ in numbered_lines(corpus)) / config.block_documents)
+            join_files([parts / f"{number:09d}.jsonl" for number in range(blocks)], out)
         ranks.barrier()
-    summary = summarize(stream_corpus(out))
-    if whole:
-        ranks.say(f"  {out}: {summary['chunks']} chunks, {summary['sampled_tokens'] / (time.time() - start):,.0f} sampled tokens/s, "
-                  f"ess {summary['ess']:.1f} of {config.num_latents}, bound {summary['bound']:.2f} nats")
-    return summary
+    if ranks.main:
+        shutil.rmtree(parts, ignore_errors=True)
+    return summarize(stream_corpus(out))
 
 
 # ---- for people ------------------------------------------------------------------------------------------------
@@ -568,8 +578,8 @@ def e_step(model: GPT, tokenizer: Tokenizer, corpus: str, config: SampleConfig, 
 def show(model: GPT, tokenizer: Tokenizer, config: "MainConfig") -> Iterator[str]:
     """The first chunks of a corpus with their thoughts; nothing is written."""
     layout, everything = Layout(tokenizer), replace(config, keep="all")
-    documents = (read_document(config.data, i, line, tokenizer) for i, line in numbered_lines(config.data))
-    places = list(itertools.islice((p for d in documents for p in places_to_infer(d, config.redraw)), config.show))
+    documents = (read_document(config.data, i, line, tokenizer, config.redraw) for i, line in numbered_lines(config.data))
+    places = list(itertools.islice((place for document in documents for place in places_to_infer(document)), config.show))
     if places:
         annotations = annotate(places, infer(model, layout, places, config, config.round), tokenizer, everything, config.round)
         yield from (show_chunk(layout, place, annotation) for place, annotation in zip(places, annotations))
@@ -597,32 +607,34 @@ class MainConfig(SampleConfig):
     prompt: str = option("", "think about this text, then go on with it, instead")
 
 
-def annotate_corpus(model: GPT, tokenizer: Tokenizer, config: MainConfig, ranks: Ranks) -> None:
-    """The E-step as a command: the settings beside the output, a line before and the figures after."""
-    with open(config.checkpoint, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def annotate_corpus(state: dict, digest: str, tokenizer: Tokenizer, config: MainConfig, ranks: Ranks) -> None:
+    """The E-step as a command: everything is checked first, the settings stand beside the output, the figures come last."""
     if (os.path.exists(config.out) or os.path.exists(f"{config.out}.parts")) and not os.path.exists(f"{config.out}.config"):
         raise ValueError(f"{config.out} is there without its {config.out}.config; "
                          "give another --out, or delete what there is of both")
-    open_run(f"{config.out}.config", config, ranks, checkpoint_sha256=digest)
+    chunks = survey(config.data, Layout(tokenizer), config, state["model_config"].context, ranks)
+    open_run(f"{config.out}.config", config, ranks, checkpoint_sha256=digest, data_sha256=sha256_of(config.data))
     ranks.say(f"drawing {config.num_latents} thoughts for each chunk of {config.data} on {ranks.device}")
-    ranks.say(json.dumps(e_step(model, tokenizer, config.data, config, config.round, config.out, ranks), indent=1))
+    model = restore(state, ranks.device)
+    ranks.say(json.dumps(e_step(model, tokenizer, config.data, config, config.round, config.out, ranks, chunks), indent=1))
 
 
 def main(argv=None) -> None:
     config = parse_config(MainConfig(), argv, __doc__)
-    ranks, state = start_ranks(config.device), read_checkpoint(config.checkpoint)
-    tokenizer = Tokenizer(**state["tokenizer"])
-    if not config.prompt:
-        survey(config.data, Layout(tokenizer), config, state["model_config"].context, ranks)
-    model, _ = load_checkpoint(config.checkpoint, ranks.device)
+    ranks, state = start_ranks(config.device), read_checkpoint(config.checkpoint, mmap=True)
+    digest, tokenizer = sha256_of(config.checkpoint), Tokenizer(**state["tokenizer"])
     if config.prompt:
-        ranks.say(think(model, tokenizer, config))
+        ranks.say(think(at_precision(restore(state, ranks.device), config.dtype), tokenizer, config))
     elif config.show:
-        for text in show(model, tokenizer, config):
+        for text in show(at_precision(restore(state, ranks.device), config.dtype), tokenizer, config):
             ranks.say(text + "\n")
     else:
-        annotate_corpus(model, tokenizer, config, ranks)
+        annotate_corpus(state, digest, tokenizer, config, ranks)
 
 
 if __name__ == "__main__":

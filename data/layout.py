@@ -34,13 +34,13 @@ CHUNK_TOKENS = 256                          # cap of a chunk where text is split
 class Chunk:
     """Ids of the observed text, ids of the thought (None: it has none), and whether the text is only context.
 
-    `draws` and `weights`, where an E-step kept them: all thoughts drawn, and the normalised weight of each.
+    `draws` and `weights`: where an E-step kept them, all thoughts drawn and the normalised weight of each; else empty.
     """
     suffix: list[int]
     latent: list[int] | None = None
     given: bool = False
-    draws: list[list[int]] | None = None
-    weights: list[float] | None = None
+    draws: list[list[int]] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -62,21 +62,32 @@ def encode_document(index: int, record: dict, tokenizer: Tokenizer) -> Document:
     """
     record, chunks = with_chunks(record, tokenizer.encoding), []
     for piece in record["chunks"]:
-        latent, ids = piece.get("latent"), piece.get("latent_ids")
-        if latent is not None and ids is None:
-            ids = tokenizer.encode(latent)
-        elif latent is not None and tokenizer.decode(ids) != latent:
-            raise ValueError(f"the latent_ids of {latent[:40]!r} are of another vocabulary; train from the checkpoint that drew "
-                             "them: train.py --init_from CKPT")
-        draws = None if latent is None else piece.get("draws")
-        chunks.append(Chunk(tokenizer.encode(piece["suffix"]), ids, piece.get("given", False), draws, piece.get("weights")))
+        latent, ids = piece.get("latent"), None
+        if latent is not None:
+            ids = checked_ids(piece, tokenizer) if piece.get("latent_ids") is not None else tokenizer.encode(latent)
+        draws = piece.get("draws", []) if latent is not None else []
+        chunks.append(Chunk(tokenizer.encode(piece["suffix"]), ids, piece.get("given", False),
+                            [checked_ids(draw, tokenizer) for draw in draws], [draw["weight"] for draw in draws]))
     return Document(index, chunks, record)
 
 
-def read_document(path: str, number: int, line: str, tokenizer: Tokenizer) -> Document:
+def checked_ids(drawn: dict, tokenizer: Tokenizer) -> list[int]:
+    """The ids of a thought that was drawn. Raises ValueError where in this vocabulary they are not those of its text."""
+    ids, latent = drawn["latent_ids"], drawn["latent"]
+    if max(ids, default=0) >= tokenizer.vocab_size or tokenizer.decode(ids) != latent:
+        raise ValueError(f"the latent_ids of {latent[:40]!r} are of another vocabulary; use the checkpoint that drew them "
+                         "(train.py --init_from CKPT), or draw anew (sample_latents.py --redraw true)")
+    return ids
+
+
+def read_document(path: str, number: int, line: bytes, tokenizer: Tokenizer, without_latents: bool = False) -> Document:
     """A line of a corpus, encoded. Raises ValueError with file:line."""
     try:
-        return encode_document(number, check_record(json.loads(line)), tokenizer)
+        record = check_record(json.loads(line))
+        if without_latents and record.get("chunks"):
+            dropped = ("latent", "latent_ids", "draws")
+            record["chunks"] = [{key: chunk[key] for key in chunk if key not in dropped} for chunk in record["chunks"]]
+        return encode_document(number, record, tokenizer)
     except ValueError as error:
         raise ValueError(f"{path}:{number + 1}: {error}") from None
 
@@ -94,13 +105,13 @@ def observed_places(documents: list[Document]) -> list[tuple[Document, int]]:
     return [(document, c) for document in documents for c, chunk in enumerate(document.chunks) if not chunk.given]
 
 
-def numbered_lines(path: str) -> Iterator[tuple[int, str]]:
+def numbered_lines(path: str) -> Iterator[tuple[int, bytes]]:
     """(number from 0, line) of a corpus, one at a time. Raises FileNotFoundError, ValueError where it is empty."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no corpus at {path}; python data/alchemy/prepare.py makes the embedded one")
     if os.path.getsize(path) == 0:
         raise ValueError(f"{path} is empty; a corpus has one JSON document a line")
-    with open(path, encoding="utf-8", newline="\n") as file:
+    with open(path, "rb") as file:
         yield from enumerate(file)
 
 
@@ -125,6 +136,7 @@ def texts_of(records, encoding: str) -> Iterator[str]:
             yield piece["suffix"]
             if piece.get("latent") is not None:
                 yield piece["latent"]
+                yield from (drawn["latent"] for drawn in piece.get("draws", []))
 
 
 def check_record(record: dict) -> dict:

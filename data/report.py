@@ -55,9 +55,9 @@ def show_chunk(layout, place, annotation: dict) -> str:
     """A chunk as a person wants to see it: what comes before, the thoughts with their weights as bars, the text, ess, bound."""
     (document, c), decode = place, layout.tokenizer.decode
     weights, times = Counter(), Counter()       # of equal thoughts together
-    for ids, weight, finished in zip(annotation["draws"], annotation["weights"], annotation["finished"]):
-        thought = (decode(ids), finished)
-        weights[thought] += weight
+    for draw, finished in zip(annotation["draws"], annotation["finished"]):
+        thought = (draw["latent"], finished)
+        weights[thought] += draw["weight"]
         times[thought] += 1
     lines = [f"document {document.index}, chunk {c}", f"  prefix   {decode(layout.context(document, c)[1:])!r}",
              f"  text     {decode(document.chunks[c].suffix)!r}"]

@@ -86,7 +86,8 @@ def sample(args) -> dict:
 
 def score(args) -> dict:
     model, rng = build(args), random.Random(2)
-    sequences = [Sequence(ids, [GIVEN] + [TEXT] * (len(ids) - 1)) for ids in (random_ids(rng, args, 100, 300) for _ in range(args.prompts * 8))]
+    texts = [random_ids(rng, args, 100, 300) for _ in range(args.prompts * 8)]
+    sequences = [Sequence(ids, [GIVEN] + [TEXT] * (len(ids) - 1)) for ids in texts]
 
     def job():
         score_sequences(model, sequences, args.batch_tokens)
@@ -150,8 +151,8 @@ def precision(args) -> dict:
         return float(f"{(a - b)[rows].std().item():.2g}")
     return {"chunks": int(rows.sum()), "sampler_minus_rescored_q": std(drawn.log_proposal, scored), "q_minus_float32": std(scored, exact_q),
             "p_minus_float32": std(joint, exact), "ess": {name: round(ess, 3) for name, (_, ess) in results.items()},
-            "kept_changed": {name: round((results[name][0] != results["float32"][0]).float().mean().item(), 4) for name in ("sampler", "rescored")},
-            "kept_changed_by_rescoring": round((results["sampler"][0] != results["rescored"][0]).float().mean().item(), 4)}
+            "kept_changed": {f"{a} {b}": round((results[a][0] != results[b][0]).float().mean().item(), 4)
+                             for a, b in (("sampler", "float32"), ("rescored", "float32"), ("sampler", "rescored"))}}
 
 
 def e_step_of_corpus(args) -> dict:
@@ -173,10 +174,11 @@ def e_step_of_corpus(args) -> dict:
             return run
         model.hidden, model.logits = clocked(model.hidden), clocked(model.logits)
         start = time.perf_counter()
-        summary = e_step(model, tokenizer, f"{folder}/raw.jsonl", SampleConfig(num_latents=args.k, slots=args.slots), 1, f"{folder}/out.jsonl",
-                         Ranks(0, 1, torch.device(args.device)))
+        config, alone = SampleConfig(num_latents=args.k, slots=args.slots), Ranks(0, 1, torch.device(args.device))
+        summary = e_step(model, tokenizer, f"{folder}/raw.jsonl", config, 1, f"{folder}/out.jsonl", alone)
         whole = time.perf_counter() - start
-    return {"tokens_per_second": round(summary["sampled_tokens"] / whole), "seconds": round(whole, 2), "in_model_passes": round(seconds / whole, 3)}
+    return {"tokens_per_second": round(summary["sampled_tokens"] / whole), "seconds": round(whole, 2),
+            "in_model_passes": round(seconds / whole, 3)}
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from data.layout import GIVEN, Layout, encode_document, read_corpus
 from data.loader import score_sequences
 from data.run import Ranks
 from data.tokens import tokenizer_for
-from model import save_checkpoint
+from model import Prompts, load_checkpoint, save_checkpoint
 from sample_latents import (SampleConfig, annotate, at_precision, effective_sample_size, e_step, generate, importance_bound, infer,
                             inverse_cdf, latent_uniforms, log_importance_weights, main, own_documents, places_to_infer,
                             proposal_log_probs, propose, resample, score_joint, summarize, uniform_numbers, vocabulary_mask)
@@ -206,6 +206,17 @@ def test_no_row_waits(small):
     assert drawn.row_steps == drawn.num_tokens and len(set(map(len, drawn.ids))) > 2
 
 
+def test_more_seats_are_made_where_many_prompts_are_at_hand(small, monkeypatch):
+    """Stragglers of many prompts at once: the seats grow, and the draws are those of one row at a time."""
+    model, layout, _ = small
+    grown, grow = [], Prompts.grow
+    monkeypatch.setattr(Prompts, "grow", lambda self: (grown.append(1), grow(self)))
+    prompts, uniforms = [[layout.bos] + [n % 3] * (n % 5) for n in range(60)], uniform_numbers(5, "grow", (), (60, 12, 40))
+    arguments = dict(stop=vocabulary_mask(model, layout.eol), banned=vocabulary_mask(model, layout.bos))
+    ours = generate(model, prompts, uniforms, slots=12, **arguments)
+    assert grown and ours.ids == generate(model, prompts, uniforms, slots=1, **arguments).ids
+
+
 def test_rows_that_are_looked_at_now_and_then_draw_the_same(small, monkeypatch):
     """As on a device that is asked only every eighth step which draws have ended: the same draws, a few steps for nobody."""
     model, layout, (document, c) = small
@@ -224,7 +235,7 @@ def test_a_single_draw_is_kept_with_weight_one(small):
     annotations = annotate([small[2]] * 10, evidence, small[1].tokenizer, SampleConfig(num_latents=1, keep="all"), 1)
     for latents, annotation in zip(evidence.latents, annotations):
         done = annotation["finished"][0]
-        assert annotation["weights"] == [1.0 if done else 0.0] and annotation["latent_ids"] == (latents[0] if done else None)
+        assert annotation["draws"][0]["weight"] == (1.0 if done else 0.0) and annotation["latent_ids"] == (latents[0] if done else None)
 
 
 def test_bfloat16_keeps_logits_in_float32(small):
@@ -382,7 +393,7 @@ def test_a_killed_run_continues_to_the_same_bytes(stage, monkeypatch, stop_at):
 def test_ranks_divide_the_blocks_and_write_the_same_bytes(stage):
     """Rank 1 of two does every second block; rank 0 the others and the merging."""
     whole = run_main(stage, "whole.jsonl")
-    model, state = sample_latents.load_checkpoint(str(stage / "ckpt.pt"))
+    model, state = load_checkpoint(str(stage / "ckpt.pt"))
     tokenizer = sample_latents.Tokenizer(**state["tokenizer"])
     config, out = SampleConfig(num_latents=4, max_latent_tokens=6, block_documents=7), str(stage / "two.jsonl")
     corpus = str(stage / "corpus.jsonl")
@@ -440,9 +451,10 @@ def test_keep_all_writes_every_draw_with_its_weight(stage):
         if "log_joint" in b:
             log_w = torch.tensor([-math.inf if p is None else p - q for p, q in zip(b["log_joint"], b["log_proposal"])])
             expected = log_w.softmax(-1) if any(b["finished"]) else torch.zeros(4)
-            torch.testing.assert_close(torch.tensor(b.pop("weights")), expected)
             draws = b.pop("draws")
-            assert [len(draw) for draw in draws] == b["lengths"] and (b["latent"] is None or b["latent_ids"] in draws)
+            torch.testing.assert_close(torch.tensor([draw["weight"] for draw in draws]), expected)
+            ids = [draw["latent_ids"] for draw in draws]
+            assert [len(draw) for draw in ids] == b["lengths"] and (b["latent"] is None or b["latent_ids"] in ids)
         assert a == b
 
 
@@ -454,16 +466,41 @@ def test_chunks_with_a_latent_are_drawn_anew_only_where_asked(stage):
     run_main(stage, "other.jsonl", *again, "--redraw", "true")
     first, same, other = (read_corpus(str(stage / f"{name}.jsonl")) for name in ("first", "same", "other"))
     with_latent = [n for n, record in enumerate(first) if record["chunks"][-1]["latent"] is not None]
-    assert len(with_latent) > 10 and all(first[n]["chunks"] == same[n]["chunks"] for n in with_latent)
+    assert len(with_latent) > 10
+    for n in with_latent:
+        old, kept = first[n]["chunks"][-1], same[n]["chunks"][-1]
+        assert kept == {name: old[name] for name in ("suffix", "latent", "latent_ids", "draws") if name in old}
+    assert summarize(same)["chunks"] == len(CORPUS) - len(with_latent)
     assert all("draws" not in record["chunks"][-1] and len(record["chunks"][-1]["finished"]) == 4 for record in other)
     assert summarize(other)["chunks"] == len(CORPUS) and [r["text"] for r in other] == [r["text"] for r in CORPUS]
+
+
+def test_a_corpus_that_changed_is_refused(stage):
+    """A finished block of other lines is never joined."""
+    run_main(stage, "latents.jsonl")
+    with open(stage / "corpus.jsonl", "a") as file:
+        file.write('{"text": "a c"}\n')
+    with pytest.raises(ValueError, match="data_sha256"):
+        run_main(stage, "latents.jsonl")
+
+
+def test_ids_of_another_vocabulary_are_refused(stage):
+    """Kept latents and all draws alike, with file and line; --redraw true does not read them."""
+    chunk = {"suffix": "a b", "latent": " c", "latent_ids": [55]}
+    (stage / "corpus.jsonl").write_text(json.dumps({"text": "a b", "chunks": [chunk]}) + "\n")
+    with pytest.raises(ValueError, match="corpus.jsonl:1: .*another vocabulary"):
+        run_main(stage, "x.jsonl")
+    run_main(stage, "x.jsonl", "--redraw", "true")
+    draws = [{"latent": " c", "latent_ids": [0], "weight": 1.0}]
+    with pytest.raises(ValueError, match="another vocabulary"):
+        encode_document(0, {"text": "a", "chunks": [{"suffix": "a", "latent": "a", "draws": draws}]}, tokenizer_for(WORDS, "words"))
 
 
 def test_blocks_stream(stage, tokenizer):
     """The first block needs the first lines only, so memory does not grow with the corpus."""
     path = stage / "long.jsonl"
     path.write_text('{"text": "a b"}\n' * 10 + "not read yet\n")
-    blocks = own_documents(str(path), tokenizer, 5, Ranks(0, 1, torch.device("cpu")))
+    blocks = own_documents(str(path), tokenizer, SampleConfig(block_documents=5), Ranks(0, 1, torch.device("cpu")))
     assert [[d.index for d in documents] for _, documents in itertools.islice(blocks, 2)] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
     with pytest.raises(ValueError, match="long.jsonl:11"):
         next(blocks)
@@ -473,7 +510,7 @@ def test_blocks_stream(stage, tokenizer):
     ("{\"text\": ", "corpus.jsonl:2: "), ('{"text": "zebra"}', "corpus.jsonl:2: 'zebra'.*vocabulary"),
     ('{"text": "a b c d a b c d a b c d a b c d a b c d a b c d a b c d"}', "corpus.jsonl:2: the prompt of chunk 0 has .* context of 32")])
 def test_a_bad_line_is_named_before_the_model_is_loaded(stage, monkeypatch, line, message):
-    monkeypatch.setattr(sample_latents, "load_checkpoint", lambda *arguments: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(sample_latents, "restore", lambda *arguments: pytest.fail("the model was loaded"))
     (stage / "corpus.jsonl").write_text('{"text": "a b"}\n' + line + "\n")
     with pytest.raises(ValueError, match=message):
         run_main(stage, "x.jsonl")
