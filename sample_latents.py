@@ -354,7 +354,7 @@ def score_after_prompts(model: GPT, prompts: list[list[int]], owners: list[int],
     """The log-probability of each sequence after the prompt `owners` gives it, (len(sequences),) float32 nats.
 
     A sequence starts with the last token of its prompt. Prompts of like length are prefilled together and kept while
-    what follows them is scored, batched by length; `batch_tokens` bounds both.
+    what follows them is scored, batched by length; `batch_tokens` bounds both (attention pads a batch to the prompt with most rows).
     """
     device, log_p = model.embedding.weight.device, torch.zeros(len(sequences))
     of_prompt: list[list[int]] = [[] for _ in prompts]
