@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data.layout import Document, Layout, Sequence, numbered_lines, read_document, stream_corpus
+from data.layout import Document, Layout, Sequence, naming_the_line, numbered_lines, read_document, stream_corpus
 from data.loader import length_batches, padded, summed_log_probs
 from data.report import show_chunk, summarize
 from data.run import (Ranks, join_files, open_run, option, parse_config, random_stream, require_positive, script, start_ranks,
@@ -251,7 +251,7 @@ def generate(model: GPT, prompts: list[list[int]], uniforms: Tensor, *, stop: Te
     uniforms: (N, K, L), a number for every token that may be drawn. stop, banned: (V,) bool. Each prompt is prefilled
     once for its K draws; `slots` rows decode together. progress(draws, tokens) is told how far it is before each step.
     """
-    check_room(model, prompts, uniforms.shape[2])
+    check_room(model.config.context, max(map(len, prompts)), uniforms.shape[2])
     device, total = model.embedding.weight.device, uniforms.shape[0] * uniforms.shape[1]
     stop, banned = stop.to(device), banned.to(device)
 
@@ -270,11 +270,10 @@ def generate(model: GPT, prompts: list[list[int]], uniforms: Tensor, *, stop: Te
     return Generated([row[:n] for row, n in zip(ids.tolist(), lengths)], rows.log_prob[:total].cpu(), finished, rows.row_steps)
 
 
-def check_room(model: GPT, prompts: list[list[int]], new_tokens: int) -> None:
-    longest = max(map(len, prompts))
-    if longest + new_tokens > model.config.context:
-        raise ValueError(f"a prompt of {longest} tokens and {new_tokens} new ones do not fit the context of "
-                         f"{model.config.context}; lower --max_latent_tokens or train with a larger --model.context")
+def check_room(context: int, tokens: int, new_tokens: int, what: str = "a prompt") -> None:
+    if tokens + new_tokens > context:
+        raise ValueError(f"{what} has {tokens} tokens; with {new_tokens} new ones it exceeds the context of {context}; "
+                         "lower --max_latent_tokens, split the chunk, or train with a larger --model.context")
 
 
 def vocabulary_mask(model: GPT, *ids: int) -> Tensor:
@@ -360,7 +359,7 @@ def score_after_prompts(model: GPT, prompts: list[list[int]], owners: list[int],
     of_prompt: list[list[int]] = [[] for _ in prompts]
     for place, owner in enumerate(owners):
         of_prompt[owner].append(place)
-        check_room(model, [prompts[owner]], len(sequences[place].ids) - 2)
+        check_room(model.config.context, len(prompts[owner]), len(sequences[place].ids) - 2)
     for group in length_batches([len(prompt) for prompt in prompts], batch_tokens):
         branches = Branches(prefill(model, [prompts[n] for n in group]))
         places = [place for n in group for place in of_prompt[n]]
@@ -507,10 +506,11 @@ class Progress:
         self.bar.update(self.chunks - self.bar.n)
 
 
-def own_documents(corpus: str, tokenizer: Tokenizer, config: SampleConfig, ranks: Ranks) -> Iterator[tuple[int, list[Document]]]:
-    """(number, documents) of the blocks of a corpus that are this process's; the others' lines are not even parsed."""
+def documents_of_blocks(corpus: str, tokenizer: Tokenizer, config: SampleConfig,
+                        wanted: Callable[[int], bool]) -> Iterator[tuple[int, list[Document]]]:
+    """(number, documents) of the blocks of a corpus that are wanted; the others' lines are not even parsed."""
     for number, lines in itertools.groupby(numbered_lines(corpus), key=lambda line: line[0] // config.block_documents):
-        if number % ranks.world == ranks.rank:
+        if wanted(number):
             yield number, [read_document(corpus, i, line, tokenizer, without_latents=config.redraw) for i, line in lines]
 
 
@@ -520,14 +520,11 @@ def survey(corpus: str, layout: Layout, config: SampleConfig, context: int, rank
     Raises ValueError, naming file, line and chunk, for what could not be drawn for.
     """
     chunks = {}
-    for number, documents in own_documents(corpus, layout.tokenizer, config, ranks):
-        places = [place for document in documents for place in places_to_infer(document)]
+    for number, block in documents_of_blocks(corpus, layout.tokenizer, config, lambda n: n % ranks.world == ranks.rank):
+        places = [place for document in block for place in places_to_infer(document)]
         for document, c in places:
-            prompt = len(layout.posterior_prompt(document, c))
-            if prompt + config.max_latent_tokens > context:
-                raise ValueError(
-                    f"{corpus}:{document.index + 1}: the prompt of chunk {c} has {prompt} tokens; with {config.max_latent_tokens} new ones "
-                    f"it exceeds the context of {context}; lower --max_latent_tokens or split the chunk")
+            with naming_the_line(corpus, document.index):
+                check_room(context, len(layout.posterior_prompt(document, c)), config.max_latent_tokens, f"the prompt of chunk {c}")
         chunks[number] = len(places)
     return chunks
 
@@ -554,12 +551,11 @@ def e_step(model: GPT, tokenizer: Tokenizer, corpus: str, config: SampleConfig, 
     if not os.path.exists(out):
         chunks = survey(corpus, layout, config, model.config.context, ranks) if chunks is None else chunks
         paths = {number: parts / f"{number:09d}.jsonl" for number in chunks}
-        missing = [number for number in chunks if not paths[number].exists()]
+        missing = {number for number in chunks if not paths[number].exists()}
         progress = Progress(sum(chunks[number] for number in missing), config.num_latents, ranks.main)
         model = at_precision(model, config.dtype)
-        for number, block in own_documents(corpus, tokenizer, config, ranks):
-            if number in missing:
-                write_jsonl(paths[number], annotate_block(model, layout, block, config, round, progress))
+        for number, block in documents_of_blocks(corpus, tokenizer, config, missing.__contains__):
+            write_jsonl(paths[number], annotate_block(model, layout, block, config, round, progress))
         progress.bar.close()
         if missing:
             ranks.say(f"  {out}: {progress.tokens / (time.time() - start):,.0f} sampled tokens/s{progress.ess}")

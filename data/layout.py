@@ -12,6 +12,7 @@
 x is a chunk's observed text (its suffix), z its thought (its latent), C the observed text of up to three chunks before.
 Pieces are encoded apart and their ids concatenated, so training, sampling, scoring and evaluation see the same ids.
 """
+import contextlib
 import hashlib
 import json
 import os
@@ -80,16 +81,23 @@ def checked_ids(drawn: dict, tokenizer: Tokenizer) -> list[int]:
     return ids
 
 
+@contextlib.contextmanager
+def naming_the_line(path: str, number: int):
+    """A ValueError in here gets the file and the line, which counts from 0, in front."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}:{number + 1}: {error}") from None
+
+
 def read_document(path: str, number: int, line: bytes, tokenizer: Tokenizer, without_latents: bool = False) -> Document:
     """A line of a corpus, encoded. Raises ValueError with file:line."""
-    try:
+    with naming_the_line(path, number):
         record = check_record(json.loads(line))
         if without_latents and record.get("chunks"):
             dropped = ("latent", "latent_ids", "draws")
             record["chunks"] = [{key: chunk[key] for key in chunk if key not in dropped} for chunk in record["chunks"]]
         return encode_document(number, record, tokenizer)
-    except ValueError as error:
-        raise ValueError(f"{path}:{number + 1}: {error}") from None
 
 
 def with_chunks(record: dict, encoding: str) -> dict:
@@ -118,10 +126,9 @@ def numbered_lines(path: str) -> Iterator[tuple[int, bytes]]:
 def stream_corpus(path: str) -> Iterator[dict]:
     """The documents of a corpus, one at a time. Raises FileNotFoundError, ValueError with file:line."""
     for number, line in numbered_lines(path):
-        try:
-            yield check_record(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path}:{number + 1}: {error}") from None
+        with naming_the_line(path, number):
+            record = check_record(json.loads(line))
+        yield record
 
 
 def read_corpus(path: str) -> list[dict]:

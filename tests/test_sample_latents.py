@@ -22,7 +22,7 @@ from data.run import Ranks
 from data.tokens import tokenizer_for
 from model import Prompts, load_checkpoint, save_checkpoint
 from sample_latents import (SampleConfig, annotate, at_precision, effective_sample_size, e_step, generate, importance_bound, infer,
-                            inverse_cdf, latent_uniforms, log_importance_weights, main, own_documents, places_to_infer,
+                            inverse_cdf, documents_of_blocks, latent_uniforms, log_importance_weights, main, places_to_infer,
                             proposal_log_probs, propose, resample, score_joint, summarize, uniform_numbers, vocabulary_mask)
 from tests.conftest import random_model
 
@@ -500,7 +500,7 @@ def test_blocks_stream(stage, tokenizer):
     """The first block needs the first lines only, so memory does not grow with the corpus."""
     path = stage / "long.jsonl"
     path.write_text('{"text": "a b"}\n' * 10 + "not read yet\n")
-    blocks = own_documents(str(path), tokenizer, SampleConfig(block_documents=5), Ranks(0, 1, torch.device("cpu")))
+    blocks = documents_of_blocks(str(path), tokenizer, SampleConfig(block_documents=5), lambda number: True)
     assert [[d.index for d in documents] for _, documents in itertools.islice(blocks, 2)] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
     with pytest.raises(ValueError, match="long.jsonl:11"):
         next(blocks)
