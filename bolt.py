@@ -32,7 +32,8 @@ import torch
 from tqdm import tqdm
 
 from data.alchemy.world import World
-from data.layout import Document, Layout, encode_corpus, observed_places, read_corpus, texts_of
+from data.corpus import Document, encode_corpus, observed_places, read_corpus, texts_of
+from data.layout import Layout
 from data.loader import score_sequences, training_batches
 from data.report import HeldOut, mean, model_rows, models_table, per_unit, read_records, rounds_table, verdicts
 from data.run import Ranks, open_run, option, parse_config, require_positive, script, start_ranks, write_whole

@@ -29,7 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data.layout import Document, Layout, Sequence, naming_the_line, numbered_lines, read_document, stream_corpus
+from data.corpus import Document, naming_the_line, numbered_lines, read_document, stream_corpus
+from data.layout import Layout, Sequence
 from data.loader import length_batches, padded, summed_log_probs
 from data.report import show_chunk, summarize
 from data.run import (Ranks, join_files, open_run, option, parse_config, random_stream, require_positive, script, start_ranks,

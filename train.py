@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data.layout import LATENT, TEXT, Document, Layout, encode_corpus, observed_places, read_corpus, texts_of
+from data.corpus import Document, encode_corpus, observed_places, read_corpus, texts_of
+from data.layout import LATENT, TEXT, Layout
 from data.loader import Batch, score_sequences, training_batches
 from data.run import (Ranks, append_metrics, open_run, option, parse_config, require_positive, script, start_ranks,
                       trim_metrics)

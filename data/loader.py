@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.layout import GIVEN, TEXT, Chunk, Document, Layout, Sequence
+from data.corpus import Chunk, Document
+from data.layout import GIVEN, TEXT, Layout, Sequence
 from data.run import random_stream
 
 

@@ -25,7 +25,8 @@ import time
 import torch
 
 from data.alchemy import prepare
-from data.layout import GIVEN, TEXT, Layout, Sequence, encode_corpus, read_corpus, texts_of
+from data.corpus import encode_corpus, read_corpus, texts_of
+from data.layout import GIVEN, TEXT, Layout, Sequence
 from data.loader import padded, score_sequences
 from data.run import Ranks
 from data.tokens import Tokenizer, tokenizer_for

@@ -4,7 +4,8 @@ import os
 import pytest
 import torch
 
-from data.layout import Layout, encode_document
+from data.corpus import encode_document
+from data.layout import Layout
 from data.run import Ranks
 from data.tokens import Tokenizer, tokenizer_for
 from model import GPT, GPTConfig

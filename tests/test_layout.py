@@ -3,8 +3,9 @@ import random
 
 import pytest
 
-from data.layout import (CHUNK_TOKENS, GIVEN, LATENT, MARKER, TEXT, check_record, encode_document, read_corpus, split_into_chunks,
-                         split_into_sentences, texts_of)
+from data.corpus import (check_record, CHUNK_TOKENS, encode_document, read_corpus, split_into_chunks, split_into_sentences,
+                         texts_of)
+from data.layout import GIVEN, LATENT, MARKER, TEXT
 from data.tokens import Tokenizer, tokenizer_for
 
 

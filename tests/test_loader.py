@@ -4,7 +4,8 @@ import itertools
 
 import torch
 
-from data.layout import GIVEN, LATENT, TEXT, Chunk, Document, Sequence
+from data.corpus import Chunk, Document
+from data.layout import GIVEN, LATENT, TEXT, Sequence
 from data.loader import collate, lay_out_epoch, length_batches, pack, pick_thought, score_sequences, training_batches, windows
 from tests.conftest import random_model
 

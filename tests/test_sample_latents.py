@@ -16,7 +16,8 @@ import pytest
 import torch
 
 import sample_latents
-from data.layout import GIVEN, Layout, encode_document, read_corpus
+from data.corpus import encode_document, read_corpus
+from data.layout import GIVEN, Layout
 from data.loader import score_sequences
 from data.run import Ranks
 from data.tokens import tokenizer_for

@@ -24,7 +24,7 @@ import urllib.request
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.layout import split_into_sentences  # noqa: E402
+from data.corpus import split_into_sentences  # noqa: E402
 
 URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/train.jsonl"
 CALCULATOR_MARK = re.compile(r"<<.*?>>")

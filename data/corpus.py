@@ -1,0 +1,187 @@
+"""The data contract: a corpus is JSONL, one document a line, a document is a list of chunks, a chunk has text and perhaps a thought.
+
+    {"text": ..., "chunks": [{"suffix": ..., "latent": ... or null, "given": true or absent}, ...]}
+
+The suffixes of a document add up to its text; a document that has only text is split by the chunker at the end of this
+file. What an E-step wrote has more keys: the ids of the thought, the evidence, and where it kept them all draws.
+"""
+import contextlib
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from typing import Callable, Iterator
+
+import numpy as np
+
+from data.tokens import Tokenizer, split
+
+CHUNK_TOKENS = 256      # cap of a chunk where text is split
+
+
+# ---- documents -------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Chunk:
+    """Ids of the observed text, ids of the thought (None: it has none), and whether the text is only context.
+
+    `draws` and `weights`: where an E-step kept them, all thoughts drawn and the normalised weight of each; else empty.
+    """
+    suffix: list[int]
+    latent: list[int] | None = None
+    given: bool = False
+    draws: list[list[int]] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Document:
+    """An encoded document. `index` is its line in the corpus, `record` that line as it was read."""
+    index: int
+    chunks: list[Chunk]
+    record: dict = field(repr=False, compare=False)
+
+
+def encode_corpus(records: list[dict], tokenizer: Tokenizer) -> list[Document]:
+    return [encode_document(i, record, tokenizer) for i, record in enumerate(records)]
+
+
+def encode_document(index: int, record: dict, tokenizer: Tokenizer) -> Document:
+    """Encode one line of a corpus. Sampled latents come with their ids, which are used as they are, never re-encoded.
+
+    Raises ValueError where those ids are of another vocabulary.
+    """
+    record, chunks = with_chunks(record, tokenizer.encoding), []
+    for piece in record["chunks"]:
+        latent, ids = piece.get("latent"), None
+        if latent is not None:
+            ids = checked_ids(piece, tokenizer) if piece.get("latent_ids") is not None else tokenizer.encode(latent)
+        draws = piece.get("draws", []) if latent is not None else []
+        chunks.append(Chunk(tokenizer.encode(piece["suffix"]), ids, piece.get("given", False),
+                            [checked_ids(draw, tokenizer) for draw in draws], [draw["weight"] for draw in draws]))
+    return Document(index, chunks, record)
+
+
+def checked_ids(drawn: dict, tokenizer: Tokenizer) -> list[int]:
+    """The ids of a thought that was drawn. Raises ValueError where in this vocabulary they are not those of its text."""
+    ids, latent = drawn["latent_ids"], drawn["latent"]
+    if max(ids, default=0) >= tokenizer.vocab_size or tokenizer.decode(ids) != latent:
+        raise ValueError(f"the latent_ids of {latent[:40]!r} are of another vocabulary; use the checkpoint that drew them "
+                         "(train.py --init_from CKPT), or draw anew (sample_latents.py --redraw true)")
+    return ids
+
+
+@contextlib.contextmanager
+def naming_the_line(path: str, number: int):
+    """A ValueError in here gets the file and the line, which counts from 0, in front."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}:{number + 1}: {error}") from None
+
+
+def read_document(path: str, number: int, line: bytes, tokenizer: Tokenizer, without_latents: bool = False) -> Document:
+    """A line of a corpus, encoded. Raises ValueError with file:line."""
+    with naming_the_line(path, number):
+        record = check_record(json.loads(line))
+        if without_latents and record.get("chunks"):
+            dropped = ("latent", "latent_ids", "draws")
+            record["chunks"] = [{key: chunk[key] for key in chunk if key not in dropped} for chunk in record["chunks"]]
+        return encode_document(number, record, tokenizer)
+
+
+def with_chunks(record: dict, encoding: str) -> dict:
+    """A document that has only `text`, with the chunks it splits into; others as they are."""
+    if record.get("chunks") is not None:
+        return record
+    parts = split_into_chunks(record["text"], lambda text: len(split(text, encoding)), CHUNK_TOKENS)
+    return record | {"chunks": [{"suffix": part} for part in parts]}
+
+
+def observed_places(documents: list[Document]) -> list[tuple[Document, int]]:
+    """Every chunk that is evaluated, as (document, its number there): all but the given ones."""
+    return [(document, c) for document in documents for c, chunk in enumerate(document.chunks) if not chunk.given]
+
+
+def numbered_lines(path: str) -> Iterator[tuple[int, bytes]]:
+    """(number from 0, line) of a corpus, one at a time. Raises FileNotFoundError, ValueError where it is empty."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no corpus at {path}; python data/alchemy/prepare.py makes the embedded one")
+    if os.path.getsize(path) == 0:
+        raise ValueError(f"{path} is empty; a corpus has one JSON document a line")
+    with open(path, "rb") as file:
+        yield from enumerate(file)
+
+
+def stream_corpus(path: str) -> Iterator[dict]:
+    """The documents of a corpus, one at a time. Raises FileNotFoundError, ValueError with file:line."""
+    for number, line in numbered_lines(path):
+        with naming_the_line(path, number):
+            record = check_record(json.loads(line))
+        yield record
+
+
+def read_corpus(path: str) -> list[dict]:
+    """All documents of a corpus. Raises what `stream_corpus` does."""
+    return list(stream_corpus(path))
+
+
+def texts_of(records, encoding: str) -> Iterator[str]:
+    """Every text of a corpus, piece by piece as it is encoded: for making a tokenizer."""
+    for record in records:
+        for piece in with_chunks(record, encoding)["chunks"]:
+            yield piece["suffix"]
+            if piece.get("latent") is not None:
+                yield piece["latent"]
+                yield from (drawn["latent"] for drawn in piece.get("draws", []))
+
+
+def check_record(record: dict) -> dict:
+    """A document of the data contract, or a ValueError that says what is wrong with it."""
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise ValueError('a document needs a "text"')
+    chunks = record.get("chunks")
+    if chunks is None:
+        return record
+    if not isinstance(chunks, list) or not all(isinstance(c, dict) and isinstance(c.get("suffix"), str)
+               and isinstance(c.get("latent"), str | None) for c in chunks):
+        raise ValueError('each chunk needs a "suffix", and its "latent" is a text or null')
+    if "".join(chunk["suffix"] for chunk in chunks) != record["text"]:
+        raise ValueError('the suffixes of the chunks do not add up to "text"')
+    return record
+
+
+# ---- chunking: raw text -> suffixes ----------------------------------------------------------------------------
+
+# A sentence ends after . ! ? (and closing quotes) before white space and no lower-case letter, or after line breaks;
+# the white space stays with the sentence before it.
+SENTENCE_END = re.compile(r"""(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bMrs)(?<!\bProf)(?<!\bvs)(?<!\be\.g)(?<!\bi\.e)
+                              [.!?]["')\]”’]*\s+(?![a-z\s])  |  \s*\n\s*(?!\s)""", re.VERBOSE)
+
+
+def split_into_sentences(text: str) -> list[str]:
+    """Sentences with their white space; joined they give any text back."""
+    ends = [match.end() for match in SENTENCE_END.finditer(text)]
+    return [text[a:b] for a, b in zip([0, *ends], [*ends, len(text)]) if a < b]
+
+
+def split_into_chunks(text: str, count_tokens: Callable[[str], int], chunk_tokens: int) -> list[str]:
+    """Chunks of Poisson(7) + 1 sentences, at most 20 and at most `chunk_tokens` tokens; joined they give the text back.
+
+    Seeded by the text itself: a text always splits in the same way. A sentence over the cap is halved until it fits.
+    """
+    def fit(part: str) -> list[str]:
+        half = len(part) // 2
+        return [part] if half == 0 or count_tokens(part) <= chunk_tokens else fit(part[:half]) + fit(part[half:])
+
+    random = np.random.default_rng(list(hashlib.sha256(text.encode()).digest()))
+    sentences = [part for sentence in split_into_sentences(text) for part in fit(sentence)]
+    chunks = []
+    while sentences:
+        size = min(1 + int(random.poisson(7)), 20, len(sentences))
+        while size > 1 and sum(count_tokens(sentence) for sentence in sentences[:size]) > chunk_tokens:
+            size -= 1
+        chunks.append("".join(sentences[:size]))
+        sentences = sentences[size:]
+    return chunks
