@@ -32,9 +32,9 @@ import torch
 from tqdm import tqdm
 
 from data.alchemy.world import World
-from data.corpus import Document, encode_corpus, observed_places, read_corpus, texts_of
+from data.corpus import Document, encode_corpus, make_embedded, observed_places, read_corpus, texts_of
 from data.layout import Layout
-from data.loader import score_sequences, training_batches
+from data.loader import Position, score_sequences, training_batches
 from data.report import HeldOut, mean, model_rows, models_table, per_unit, read_records, rounds_table, verdicts
 from data.run import Ranks, open_run, option, parse_config, require_positive, script, start_ranks, write_whole
 from data.tokens import Tokenizer, tokenizer_for
@@ -76,6 +76,8 @@ class BoltConfig:
         if self.train.seed or self.sample.seed:
             raise ValueError("--train.seed and --sample.seed follow from --seed here; set that")
         require_positive(self, "rounds", "warm_steps", "bound_draws", "checks")
+        if self.train.row_tokens > self.train.model.context:
+            raise ValueError(f"--train.row_tokens {self.train.row_tokens} exceeds --train.model.context {self.train.model.context}")
         if self.seed < 0:
             raise ValueError(f"--seed {self.seed} is not allowed; give 0 or more")
 
@@ -119,8 +121,7 @@ def open_lab(config: BoltConfig, ranks: Ranks) -> Lab:
     """Read the corpora; the embedded one is made first where it is missing."""
     folder = Path(config.data or f"{config.out}/corpus")
     if not config.data and ranks.main and not (folder / "world.json").exists():
-        prepare = Path(__file__).parent / "data" / "alchemy" / "prepare.py"
-        subprocess.run([sys.executable, prepare, "--out", folder, "--seed", str(config.seed)], check=True)
+        make_embedded(folder, config.seed)
     ranks.barrier()
     paths = {name: folder / f"{name}.jsonl" for name in ("gold", "raw", "held_out", "probes", "oracle")}
     records = {name: read_corpus(str(path)) for name, path in paths.items()
@@ -337,8 +338,7 @@ def oracle(lab: Lab) -> None:
 
 def per_step(lab: Lab, documents: list[Document], config: TrainConfig) -> tuple[float, float]:
     """Tokens and observed tokens of a training step, the mean of the first twenty."""
-    batches = training_batches(documents, lab.layout, plain_as=config.plain_as, row_tokens=config.row_tokens,
-                               rows=config.batch_tokens // config.row_tokens, seed=config.seed)
+    batches = training_batches(documents, lab.layout, config.recipe, Position(), lab.ranks)
     pairs = [(batch.num_tokens, batch.num_observed) for batch in itertools.islice(batches, 20)]
     return mean(a for a, b in pairs), mean(b for a, b in pairs)
 

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
-SLAB = 2 ** 24      # logits in memory at once, 64 MiB in float32
+SLAB = {"cpu": 2 ** 24, "mps": 2 ** 26, "cuda": 2 ** 27}       # logits in memory at once; four bytes each
 
 # ---- config ----------------------------------------------------------------------------------------------------
 
@@ -288,12 +289,20 @@ class GPT(nn.Module):
     def log_probs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """log p(target) after each hidden state, (N, E) and (N,) -> (N,) float32, nats; 0 where a target is negative.
 
-        Every log-probability of the project. Logits are made a slab at a time, so (N, V) is never whole in memory.
+        Every log-probability of the project. Logits are made a slab at a time, and made again for the gradient, so that
+        (N, V) is never whole in memory; those without a target are left out, where shapes may depend on data.
         """
-        slab, log_p = max(1, SLAB // self.config.vocab_size), []
-        for h, target in zip(hidden.split(slab), targets.clamp(min=-1).split(slab)):
-            log_p.append(-F.cross_entropy(self.logits(h), target, ignore_index=-1, reduction="none"))
-        return torch.cat(log_p)
+        if not torch.compiler.is_compiling() and bool((targets < 0).any()):
+            scored = targets >= 0
+            log_p = torch.zeros(targets.shape, device=hidden.device)
+            return log_p.masked_scatter(scored, self.log_probs(hidden[scored], targets[scored]))
+        size = max(1, SLAB[hidden.device.type] // self.config.vocab_size)
+        slabs = list(zip(hidden.split(size), targets.clamp(min=-1).split(size)))
+        again = len(slabs) > 1 and torch.is_grad_enabled()
+        return torch.cat([checkpoint(self.slab, *slab, use_reentrant=False) if again else self.slab(*slab) for slab in slabs])
+
+    def slab(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return -F.cross_entropy(self.logits(hidden), targets, ignore_index=-1, reduction="none")
 
     def forward(self, ids: Tensor, targets: Tensor, document: Tensor | None = None,
                 cache: Prompts | Branches | None = None) -> Tensor:
@@ -312,6 +321,11 @@ class GPT(nn.Module):
         """Parameters that multiply activations: all but an embedding table of its own."""
         total = sum(weight.numel() for weight in self.parameters())
         return total if self.config.tied else total - self.embedding.weight.numel()
+
+    def training_flops(self, row_tokens: int) -> int:
+        """FLOPs of a training step per token, in rows of so many tokens: two for every multiplication of a parameter and of
+        attention (counted without the causal half), once forward and twice backward. Source: arXiv:2204.02311, appendix B."""
+        return 6 * self.num_parameters() + 12 * self.config.layers * self.config.width * row_tokens
 
 
 def same_document_and_causal(document: Tensor) -> Tensor:

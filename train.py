@@ -11,10 +11,13 @@ Killed and started again with the same command it continues, and on a CPU ends w
 Shapes: R rows of the global batch, B rows of a micro-batch, T positions.
 """
 import contextlib
+import functools
+import itertools
 import math
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
+from pathlib import Path
 from typing import Callable, Literal
 
 import torch
@@ -23,17 +26,18 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data.corpus import Document, encode_corpus, observed_places, read_corpus, texts_of
-from data.layout import LATENT, TEXT, Layout
-from data.loader import Batch, score_sequences, training_batches
-from data.run import (Ranks, append_metrics, open_run, option, parse_config, require_positive, script, start_ranks,
-                      trim_metrics)
-from data.tokens import Tokenizer, tokenizer_for
+from data.cache import TokenizedCorpus, survey_source, vocabulary
+from data.corpus import Document, make_embedded, observed_places
+from data.layout import LATENT, MARKER, TEXT, Layout
+from data.loader import Position, Recipe, StepBatch, collate, score_sequences, training_batches, training_rows
+from data.run import (Ranks, append_metrics, main_first, open_run, option, parse_config, peak_memory, require_positive, script,
+                      start_ranks, trim_metrics)
+from data.tokens import Tokenizer
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 
 
-LOG_EVERY = 25      # steps
-
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+              "4090": 165e12, "3090": 71e12}       # dense bfloat16, of the datasheets
 
 # ---- config ----------------------------------------------------------------------------------------------------
 
@@ -41,51 +45,77 @@ LOG_EVERY = 25      # steps
 class TrainConfig:
     steps: int = option(300, "optimizer steps")
     batch_tokens: int = option(512, "tokens of a global batch, over all processes and micro-batches")
-    row_tokens: int = option(128, "tokens of a row that documents are packed into; at most --model.context")
+    row_tokens: int = option(128, "tokens of a row that documents are packed into; at most the context of the model")
     micro_batch_rows: int = option(0, "rows that go through the model at once on a process; 0: all of them")
+    layout: Literal["joint", "prior", "posterior", "raw", "latent_only"] = option(
+        "joint", "joint: a coin per chunk, prior or posterior; raw: the text alone; latent_only: the latents alone, as text")
+    plain_as: Literal["plain", "no_thought"] = option("plain", "how a chunk without a latent is laid out")
+    raw_mix: float = option(0.0, "share of the documents, drawn afresh each epoch, that are laid out raw")
+    optimizer: Literal["muon", "adamw"] = option("muon", "of the matrices of the blocks; all other weights have AdamW")
     learning_rate: float = option(3e-3, "peak of AdamW's learning rate")
-    muon_learning_rate: float = option(0.015, "peak of Muon's, for the matrices of the blocks; 0: AdamW for all")
+    muon_learning_rate: float = option(0.015, "peak of Muon's")
+    schedule: Literal["wsd", "cosine", "constant"] = option("wsd", "after the warm-up; wsd: constant, then down to zero; cosine: to zero")
     warmup: float = option(0.05, "share of the steps in which the learning rate rises")
-    decay: float = option(0.5, "share of the steps, at the end, in which it falls linearly to zero")
+    decay: float = option(0.5, "share of the steps, at the end, in which wsd falls")
     weight_decay: float = option(0.1, "of the matrices")
     clip: float = option(1.0, "largest norm of the gradient")
-    plain_as: Literal["plain", "no_thought"] = option("plain", "how a chunk without a latent is laid out")
     seed: int = option(0, "of the initial weights, the order of the documents and the coins")
     checkpoint_every: int = option(100, "steps between checkpoints, from which a killed run continues")
+    log_every: int = option(25, "steps between lines of the log")
     compile: Literal["auto", "on", "off"] = option("auto", "torch.compile; auto: on CUDA")
-    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of the network's products; auto: bfloat16 on CUDA")
+    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of the products; auto: bfloat16 on CUDA, and on a CPU that is fast in it from width 256")
     model: GPTConfig = option(GPTConfig(), "shape of a fresh model")
 
     def __post_init__(self):
-        require_positive(self, "steps", "batch_tokens", "row_tokens", "learning_rate", "warmup", "decay", "clip", "checkpoint_every")
+        require_positive(self, "steps", "batch_tokens", "row_tokens", "learning_rate", "muon_learning_rate", "warmup", "decay",
+                         "clip", "checkpoint_every", "log_every")
         if self.micro_batch_rows < 0 or self.seed < 0:
             raise ValueError("--micro_batch_rows and --seed must not be negative")
+        if not 0 <= self.raw_mix <= 1:
+            raise ValueError(f"--raw_mix {self.raw_mix} is not allowed; give a share between 0 and 1")
         if self.model.vocab_size:
             raise ValueError("--model.vocab_size follows from the tokenizer; leave it out")
-        if self.row_tokens > self.model.context:
-            raise ValueError(f"--row_tokens {self.row_tokens} exceeds --model.context {self.model.context}; lower it")
         if self.batch_tokens < self.row_tokens:
             raise ValueError(f"--batch_tokens {self.batch_tokens} is less than a row of --row_tokens {self.row_tokens}")
         if self.batch_tokens % self.row_tokens:
             raise ValueError(f"--batch_tokens {self.batch_tokens} is no multiple of --row_tokens {self.row_tokens}; make it one")
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe(self.batch_tokens // self.row_tokens, self.row_tokens, self.layout, self.plain_as, self.raw_mix, self.seed)
+
+
+def check_rows(config: TrainConfig, context: int, ranks: Ranks) -> None:
+    """Raise ValueError where rows do not fit the model, or cannot be dealt evenly."""
+    if config.row_tokens > context:
+        raise ValueError(f"--row_tokens {config.row_tokens} exceeds --model.context {context}; lower it")
+    if config.recipe.rows % ranks.world:
+        raise ValueError(f"{config.recipe.rows} rows of a batch cannot be dealt to {ranks.world} processes; change --batch_tokens")
 
 
 # ---- state -----------------------------------------------------------------------------------------------------
 
 @dataclass
 class TrainState:
-    """What a resume needs besides weights and optimizer. Data order and coins follow from (seed, step)."""
+    """What a resume needs besides weights, optimizer and torch's random state. Data and coins follow from the position."""
     step: int = 0
-    tokens: int = 0             # that went through the model, padding apart
-    observed_tokens: int = 0    # targets that are observed text
+    tokens: int = 0                 # that went through the model, padding apart
+    observed_tokens: int = 0        # targets that are observed text
+    position: tuple = (0, 0, 0)     # of the stream of rows, see `Position`
+    dtype: str = ""                 # what the products are computed in, chosen at the start
 
 
 # ---- schedule and optimizer ------------------------------------------------------------------------------------
 
 def schedule(step: int, config: TrainConfig) -> float:
-    """The share of the peak learning rate: linear warm-up, constant, linear decay to zero; `step` counts from 0."""
+    """The share of the peak learning rate; `step` counts from 0. A linear warm-up, then the shape of --schedule."""
     warmup, decay = max(1, round(config.warmup * config.steps)), max(1, round(config.decay * config.steps))
-    return min(1.0, (step + 1) / warmup, (config.steps - step) / decay)
+    rise = min(1.0, (step + 1) / warmup)
+    if config.schedule == "constant":
+        return rise
+    if config.schedule == "cosine":
+        return rise * (1 + math.cos(math.pi * max(0, step + 1 - warmup) / max(1, config.steps + 1 - warmup))) / 2
+    return min(rise, (config.steps - step) / decay)
 
 
 def nearest_orthogonal(matrices: Tensor, iterations: int = 5) -> Tensor:
@@ -127,13 +157,13 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model: GPT, config: TrainConfig, device: torch.device) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks where it has a learning rate, AdamW for all other weights.
+    """Muon for the matrices of the blocks, or AdamW for these too; AdamW for all other weights.
 
     Weight decay on matrices only. `base_lr` keeps the peak of each group for the schedule.
     """
     muon, matrices, vectors = [], [], []
     for name, weight in model.named_parameters():
-        is_muon = config.muon_learning_rate > 0 and name.startswith("blocks.") and weight.ndim == 2
+        is_muon = config.optimizer == "muon" and name.startswith("blocks.") and weight.ndim == 2
         (muon if is_muon else matrices if weight.ndim == 2 else vectors).append(weight)
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     fused = device.type in ("cpu", "cuda")
@@ -146,17 +176,44 @@ def make_optimizers(model: GPT, config: TrainConfig, device: torch.device) -> li
     return optimizers
 
 
+# ---- precision -------------------------------------------------------------------------------------------------
+
+@functools.cache
+def has_fast_bfloat16() -> bool:
+    """Whether this CPU multiplies large bfloat16 matrices at least twice as fast as float32 ones, as those with AMX do.
+
+    The gap is wide on either side (8 times, or slower), so that noise never decides, and runs can be repeated.
+    """
+    def seconds(dtype: torch.dtype) -> float:
+        x, times = torch.ones(768, 768, dtype=dtype), []
+        for _ in range(4):
+            start = time.perf_counter()
+            x @ x
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
+    return seconds(torch.float32) > 2 * seconds(torch.bfloat16)
+
+
+def choose_dtype(config: TrainConfig, width: int, ranks: Ranks) -> str:
+    """What the products are computed in where --dtype leaves it open: bfloat16 on CUDA, and on a CPU with fast bfloat16 from
+    width 256 on (smaller models spend more on conversions than they gain), else float32."""
+    if config.dtype != "auto":
+        return config.dtype
+    low = ranks.device.type == "cuda" or ranks.device.type == "cpu" and width >= 256 and has_fast_bfloat16()
+    return "bfloat16" if low else "float32"
+
+
 # ---- train step ------------------------------------------------------------------------------------------------
 
-def backward(forward, batch: Batch, micro_batch_rows: int, ranks: Ranks, autocast) -> Tensor:
+def backward(forward, batch: StepBatch, micro_batch_rows: int, ranks: Ranks, autocast) -> Tensor:
     """Gradients of the mean nll per target of the global batch; returns this rank's nll sums of (latent, text, all).
 
     The loss is summed over targets and divided once by the global count. A mean of micro-batch means would weigh the
     tokens of ragged rows unequally; so would DDP's mean over ranks, which `world` undoes.
     """
-    count = max(1, batch.num_targets)
-    mine = batch.rows(slice(ranks.rank, None, ranks.world)).to(ranks.device)
-    rows, sums = len(mine.ids), torch.zeros(3, device=ranks.device)
+    scale = ranks.world / max(1, batch.num_targets)
+    mine, sums = batch.mine.to(ranks.device), torch.zeros(3, device=ranks.device)
+    rows = len(mine.ids)
     size = micro_batch_rows or rows
     for start in range(0, rows, size):
         part = mine.rows(slice(start, start + size))
@@ -164,12 +221,12 @@ def backward(forward, batch: Batch, micro_batch_rows: int, ranks: Ranks, autocas
         with contextlib.nullcontext() if last or ranks.world == 1 else forward.no_sync():
             with autocast:
                 nll = -forward(part.ids, part.targets, part.document)                         # (B, T)
-            (nll.sum() * (ranks.world / count)).backward()
+            (nll.sum() * scale).backward()
         sums += torch.stack([nll[part.kinds == LATENT].sum(), nll[part.kinds == TEXT].sum(), nll.sum()]).detach()
     return sums
 
 
-def train_step(model: GPT, forward, optimizers, batch: Batch, step: int, config: TrainConfig, ranks: Ranks,
+def train_step(model: GPT, forward, optimizers, batch: StepBatch, step: int, config: TrainConfig, ranks: Ranks,
                autocast) -> tuple[Tensor, Tensor]:
     """One update of the weights; returns the nll sums of `backward` and the norm of the gradient."""
     sums = backward(forward, batch, config.micro_batch_rows, ranks, autocast)
@@ -184,6 +241,31 @@ def train_step(model: GPT, forward, optimizers, batch: Batch, step: int, config:
 
 # ---- evaluate --------------------------------------------------------------------------------------------------
 
+@torch.no_grad()
+def validate(model: GPT, tokenizer: Tokenizer, documents, config: TrainConfig, ranks: Ranks, batch_rows: int = 16) -> dict:
+    """Nats per target of held-out documents in the layout of the training, by kind, and bits per byte of the observed text.
+
+    The coins are those of the first epoch, so it is always the same measure. The rows are dealt to the ranks.
+    """
+    epoch = itertools.takewhile(lambda row: row[1].epoch == 0, training_rows(documents, Layout(tokenizer), config.recipe, Position()))
+    rows = [row for number, (row, _) in enumerate(epoch) if number % ranks.world == ranks.rank]
+    sizes = torch.tensor([len(token) for token in tokenizer.tokens] + [0] * len(tokenizer.marker), device=ranks.device)
+    nll, counts, text_bytes = (torch.zeros(size, device=ranks.device, dtype=torch.float64) for size in (3, 3, 1))
+    for start in range(0, len(rows), batch_rows):
+        batch = collate(rows[start:start + batch_rows], config.row_tokens).to(ranks.device)
+        each = -model(batch.ids, batch.targets, batch.document)
+        for i, kind in enumerate((LATENT, TEXT, MARKER)):
+            nll[i] += each[batch.kinds == kind].sum()
+            counts[i] += (batch.kinds == kind).sum()
+        text_bytes += sizes[batch.targets[batch.kinds == TEXT]].sum()
+    if ranks.world > 1:
+        for sums in (nll, counts, text_bytes):
+            dist.all_reduce(sums)
+    per_kind = {f"val_nll_{name}": (nll[i] / counts[i]).item() for i, name in enumerate(("latent", "text", "marker")) if counts[i]}
+    bits = {"val_bits_per_byte": (nll[1] / text_bytes[0]).item() / math.log(2)} if text_bytes[0] else {}
+    return {"val_loss": (nll.sum() / counts.sum().clamp(min=1)).item()} | per_kind | bits
+
+
 def direct_nll(model: GPT, layout: Layout, documents: list[Document], no_thought: bool, batch_tokens: int = 16384) -> float:
     """-log p(x | C) without a thought, in nats per observed token of the documents; `no_thought` marks x with SOL EOL."""
     places = observed_places(documents)
@@ -191,88 +273,124 @@ def direct_nll(model: GPT, layout: Layout, documents: list[Document], no_thought
     return -log_p.sum().item() / sum(len(d.chunks[c].suffix) for d, c in places)
 
 
-# ---- train -----------------------------------------------------------------------------------------------------
+# ---- log -------------------------------------------------------------------------------------------------------
 
 class Meter:
-    """Sums what the steps report and writes it to metrics.jsonl now and then. Reading it waits for the device."""
+    """Sums what the steps report and makes a record of it now and then. Reading it waits for the device."""
 
-    def __init__(self, config: TrainConfig, folder: str, ranks: Ranks):
+    def __init__(self, model: GPT, config: TrainConfig, folder: str, ranks: Ranks, dtype: str):
         self.config, self.folder, self.ranks = config, folder, ranks
+        self.flops = model.training_flops(config.row_tokens)
+        name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" and dtype == "bfloat16" else ""
+        self.peak_flops = next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)
         self.clear()
 
     def clear(self) -> None:
-        self.nll, self.counts, self.tokens, self.since = torch.zeros(3, device=self.ranks.device), torch.zeros(3), 0, time.time()
+        self.nll, self.counts, self.steps = torch.zeros(3, device=self.ranks.device), torch.zeros(3), []
+        self.tokens, self.since, self.waited = 0, time.perf_counter(), 0.0
 
-    def add(self, step: int, batch: Batch, sums: Tensor, norm: Tensor, bar: tqdm) -> None:
+    def add(self, batch: StepBatch, sums: Tensor, norm: Tensor, waited: float) -> None:
         self.nll += sums
-        self.counts += torch.tensor([(batch.kinds == LATENT).sum(), (batch.kinds == TEXT).sum(), batch.num_targets])
-        self.tokens += batch.num_tokens
-        if step % LOG_EVERY == 0 or step % self.config.checkpoint_every == 0 or step == self.config.steps:
-            self.write(step, norm, bar)
-            self.clear()
+        self.counts += torch.tensor([batch.num_latent, batch.num_observed, batch.num_targets])
+        self.steps.append(torch.stack([sums[2], norm]))
+        self.tokens, self.waited = self.tokens + batch.num_tokens, self.waited + waited
 
-    def write(self, step: int, norm: Tensor, bar: tqdm) -> None:
+    def record(self, step: int) -> dict:
+        """The figures since the last record; those of the nll over all ranks. Raises ValueError where one is not finite."""
         if self.ranks.world > 1:
             dist.all_reduce(self.nll)
         latent, text, loss = (self.nll.cpu() / self.counts.clamp(min=1)).tolist()
-        if not math.isfinite(loss):
-            raise ValueError(f"the loss is {loss} at step {step}; lower --learning_rate, with another --out "
-                             f"(the last good checkpoint, if any, is {self.folder}/ckpt.pt)")
-        bar.set_postfix_str(f"loss {loss:.3f}")
-        if self.ranks.main:
-            append_metrics(self.folder, {
-                "step": step, "loss": loss, "nll_latent": latent, "nll_text": text, "grad_norm": norm.item(),
-                "learning_rate": self.config.learning_rate * schedule(step - 1, self.config),
-                "tokens_per_second": self.tokens / (time.time() - self.since)})
+        steps, seconds = torch.stack(self.steps).cpu(), time.perf_counter() - self.since
+        self.check_finite(step, loss, steps)
+        speed = self.tokens / seconds
+        mfu = {"mfu": speed * self.flops / self.peak_flops / self.ranks.world} if self.peak_flops else {}
+        return {"step": step, "loss": loss, "nll_latent": latent, "nll_text": text, "grad_norm": steps[-1, 1].item(),
+                "learning_rate": self.config.learning_rate * schedule(step - 1, self.config), "tokens_per_second": speed, **mfu,
+                "waiting_for_data": self.waited / seconds, "memory_gib": peak_memory(self.ranks.device) / 2 ** 30,
+                "seconds_left": (self.config.steps - step) * seconds / len(steps)}
+
+    def check_finite(self, step: int, loss: float, steps: Tensor) -> None:
+        bad = (~steps.isfinite()).any(dim=-1).nonzero()
+        if math.isfinite(loss) and not len(bad):
+            return
+        first = step - len(steps) + 1 + int(bad[0]) if len(bad) else step
+        where = f"step {first}, rank {self.ranks.rank if len(bad) else 'other than ' + str(self.ranks.rank)}"
+        kept = os.path.join(self.folder, "ckpt.pt")
+        kept = f"the last good checkpoint is {kept}" if os.path.exists(kept) else "no checkpoint was written yet"
+        raise ValueError(f"loss or gradient is not a number at {where}; {kept}; lower --learning_rate, with another --out")
 
 
-def train(model: GPT, tokenizer: Tokenizer, documents: list[Document], config: TrainConfig, folder: str, ranks: Ranks,
-          title: str = "train", at_checkpoint: Callable[[TrainState], None] = lambda state: None) -> TrainState:
+def line_of(record: dict, steps: int) -> str:
+    """A record for people."""
+    left = time.strftime("%H:%M:%S", time.gmtime(record["seconds_left"]))
+    mfu = f"  mfu {record['mfu']:.1%}" if "mfu" in record else ""
+    return (f"step {record['step']}/{steps}  loss {record['loss']:.3f}  nats/token: text {record['nll_text']:.3f}, latent "
+            f"{record['nll_latent']:.3f}  grad {record['grad_norm']:.2f}  lr {record['learning_rate']:.1e}  "
+            f"{record['tokens_per_second']:,.0f} tok/s{mfu}  {record['memory_gib']:.1f} GiB  {left} left")
+
+
+# ---- train -----------------------------------------------------------------------------------------------------
+
+def train(model: GPT, tokenizer: Tokenizer, documents, config: TrainConfig, folder: str, ranks: Ranks, title: str = "train",
+          at_checkpoint: Callable[[TrainState], None] = lambda state: None,
+          at_record: Callable[[dict], None] = lambda record: None) -> TrainState:
     """Train the model in place for config.steps steps, or what is left of them, keeping folder/ckpt.pt.
 
-    at_checkpoint(state) is called before each checkpoint is saved. Raises ValueError where the rows of a batch cannot be
-    dealt evenly, or the loss is not a number.
+    documents: a list of Document, or a TokenizedCorpus. at_checkpoint(state) is called before each checkpoint is saved,
+    at_record(record) with what goes to metrics.jsonl. Raises ValueError where rows do not fit, or the loss is not a number.
     """
-    rows = config.batch_tokens // config.row_tokens
-    if rows % ranks.world:
-        raise ValueError(f"{rows} rows of a batch cannot be dealt to {ranks.world} processes; change --batch_tokens")
+    check_rows(config, model.config.context, ranks)
     path, device = os.path.join(folder, "ckpt.pt"), ranks.device
     optimizers, state = make_optimizers(model, config, device), TrainState()
     if os.path.exists(path):
-        state = resume(path, model, optimizers, device)
+        state = resume(path, model, optimizers, tokenizer)
     trim_metrics(folder, state.step, ranks)
+    state.dtype = state.dtype or choose_dtype(config, model.config.width, ranks)
     forward = torch.compile(model) if config.compile == "on" or config.compile == "auto" and device.type == "cuda" else model
     forward = DistributedDataParallel(forward) if ranks.world > 1 else forward
-    low = config.dtype == "bfloat16" or config.dtype == "auto" and device.type == "cuda"
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=low)
-    batches = training_batches(documents, Layout(tokenizer), plain_as=config.plain_as, row_tokens=config.row_tokens,
-                               rows=rows, seed=config.seed, start=state.step)
-    meter = Meter(config, folder, ranks)
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=state.dtype == "bfloat16")
+    batches = training_batches(documents, Layout(tokenizer), config.recipe, Position(*state.position), ranks)
+    meter = Meter(model, config, folder, ranks, state.dtype)
     bar = tqdm(range(state.step + 1, config.steps + 1), desc=title, initial=state.step, total=config.steps, unit="step",
                leave=False, disable=not ranks.main)
     for state.step in bar:
+        start = time.perf_counter()
         batch = next(batches)
+        waited = time.perf_counter() - start
         sums, norm = train_step(model, forward, optimizers, batch, state.step - 1, config, ranks, autocast)
         state.tokens += batch.num_tokens
         state.observed_tokens += batch.num_observed
-        meter.add(state.step, batch, sums, norm, bar)
-        if state.step % config.checkpoint_every == 0 or state.step == config.steps:
+        state.position = astuple(batch.position)
+        meter.add(batch, sums, norm, waited)
+        at_end = state.step % config.checkpoint_every == 0 or state.step == config.steps
+        if at_end or state.step % config.log_every == 0:
+            record = meter.record(state.step)
+            bar.set_postfix_str(f"loss {record['loss']:.3f}")
+            if ranks.main:
+                append_metrics(folder, record)
+            at_record(record)
+        if at_end:
             at_checkpoint(state)
             if ranks.main:
                 save_checkpoint(path, model, optimizers=[o.state_dict() for o in optimizers], state=vars(state),
-                                tokenizer=tokenizer.state())
+                                tokenizer=tokenizer.state(), config=asdict(config), random=torch.get_rng_state())
             ranks.barrier()
+        if at_end or state.step % config.log_every == 0:
+            meter.clear()
     return state
 
 
-def resume(path: str, model: GPT, optimizers, device) -> TrainState:
+def resume(path: str, model: GPT, optimizers, tokenizer: Tokenizer) -> TrainState:
     """Put a checkpoint's weights into the model and the optimizers, and return how far it was."""
-    saved, state = load_checkpoint(path, device)
+    saved, state = load_checkpoint(path, model.embedding.weight.device)
     if saved.config != model.config:
         raise ValueError(f"{path} is of another model ({saved.config}); give another --out")
+    if state["tokenizer"] != tokenizer.state():
+        raise ValueError(f"{path} is of another vocabulary; give another --out")
     model.load_state_dict(saved.state_dict())
     for optimizer, saved_optimizer in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved_optimizer)
+    torch.set_rng_state(state["random"])
     return TrainState(**state["state"])
 
 
@@ -280,42 +398,68 @@ def resume(path: str, model: GPT, optimizers, device) -> TrainState:
 
 @dataclass(frozen=True)
 class MainConfig(TrainConfig):
-    data: str = option("data/alchemy/gold.jsonl", "corpus to train on, JSONL")
-    held_out: str = option("data/alchemy/held_out.jsonl", "corpus to evaluate on at the end; empty: none")
+    data: str = option("data/alchemy/gold.jsonl", "corpus to train on, JSONL; the embedded one is made where it is missing")
+    held_out: str = option("data/alchemy/held_out.jsonl", "corpus to validate on at each checkpoint; empty: none")
     encoding: str = option("words", "tokens of the text: words, or an encoding of tiktoken such as gpt2")
-    init_from: str = option("", "checkpoint whose weights, shape and vocabulary to start from; empty: fresh ones")
+    init_from: str = option("", "run folder or checkpoint whose weights, shape and vocabulary to start from; empty: fresh ones")
     out: str = option("runs/train", "run folder: config.json, metrics.jsonl, ckpt.pt")
     device: str = option("auto", "auto, cpu, cuda or mps")
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.init_from and self.model != GPTConfig():
+            raise ValueError("--init_from brings the shape of its model along; leave --model.* out")
 
-def starting_point(config: MainConfig, records: list[dict]) -> tuple[GPT, Tokenizer]:
-    """The model and the tokenizer of --init_from, or a fresh model with the vocabulary of the corpora.
+
+def open_corpora(config: MainConfig) -> tuple[GPT, Tokenizer, list[TokenizedCorpus]]:
+    """The model and the tokenizer of --init_from, or a fresh model with the vocabulary of the corpora; and these, tokenised.
 
     Latents drawn by a model are ids of its vocabulary: to train on them, start from its checkpoint or one of its family.
     """
+    if Path(config.data).parent == Path(MainConfig().data).parent and not os.path.exists(config.data):
+        make_embedded(Path(config.data).parent)
+    sources = [survey_source(path) for path in (config.data, config.held_out) if path]
     if config.init_from:
-        model, state = load_checkpoint(config.init_from)
-        return model, Tokenizer(**state["tokenizer"])
-    tokenizer = tokenizer_for(texts_of(records, config.encoding), config.encoding)
-    return GPT(replace(config.model, vocab_size=tokenizer.vocab_size), config.seed), tokenizer
+        is_run = os.path.isdir(config.init_from)
+        model, state = load_checkpoint(os.path.join(config.init_from, "ckpt.pt") if is_run else config.init_from)
+        tokenizer = Tokenizer(**state["tokenizer"])
+    else:
+        tokens = set().union(*(vocabulary(source, config.encoding) for source in sources))
+        tokenizer = Tokenizer(config.encoding, tuple(sorted(tokens)))
+        model = GPT(replace(config.model, vocab_size=tokenizer.vocab_size), config.seed)
+    return model, tokenizer, [TokenizedCorpus(source, tokenizer) for source in sources]
+
+
+def report_direct(model: GPT, tokenizer: Tokenizer, held_out: TokenizedCorpus, ranks: Ranks) -> None:
+    """Say how well the text of held-out documents is predicted without a thought."""
+    for no_thought, name in ((False, "raw"), (True, "no-thought")):
+        nll = direct_nll(model, Layout(tokenizer), list(held_out), no_thought)
+        ranks.say(f"held-out {name} nll: {nll:.3f} nats per observed token")
 
 
 def main(argv=None) -> None:
     config = parse_config(MainConfig(), argv, __doc__)
     ranks = start_ranks(config.device)
-    corpora = [read_corpus(path) for path in (config.data, config.held_out) if path]
-    model, tokenizer = starting_point(config, [record for records in corpora for record in records])
-    documents, *held_out = (encode_corpus(records, tokenizer) for records in corpora)
+    with main_first(ranks):
+        model, tokenizer, (documents, *held_out) = open_corpora(config)
+    check_rows(config, model.config.context, ranks)
     model.to(ranks.device)
     open_run(config.out, config, ranks)
-    ranks.say(f"training {model.num_parameters():,} parameters on {len(documents)} documents of {config.data}, {ranks.world} "
+    ranks.say(f"training {model.num_parameters():,} parameters on {len(documents):,} documents of {config.data}, {ranks.world} "
               f"process(es) on {ranks.device}")
-    state = train(model, tokenizer, documents, config, config.out, ranks)
-    ranks.say(f"{config.out}/ckpt.pt: {state.step} steps, {state.tokens:,} tokens, {state.observed_tokens:,} observed")
-    for no_thought, name in ((False, "raw"), (True, "no-thought")):
-        for documents in held_out:
-            nll = direct_nll(model, Layout(tokenizer), documents, no_thought)
-            ranks.say(f"held-out {name} nll: {nll:.3f} nats per observed token")
+
+    def at_checkpoint(state: TrainState) -> None:
+        for part in held_out:
+            record = validate(model, tokenizer, part, config, ranks)
+            ranks.say("  held-out: " + ", ".join(f"{name[4:]} {value:.3f}" for name, value in record.items()))
+            if ranks.main:
+                append_metrics(config.out, {"step": state.step, **record})
+
+    state = train(model, tokenizer, documents, config, config.out, ranks, at_checkpoint=at_checkpoint,
+                  at_record=lambda record: ranks.say(line_of(record, config.steps)))
+    ranks.say(f"{config.out}/ckpt.pt: {state.step} steps in {state.dtype}, {state.tokens:,} tokens, {state.observed_tokens:,} observed")
+    for part in held_out:
+        report_direct(model, tokenizer, part, ranks)
 
 
 if __name__ == "__main__":

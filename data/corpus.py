@@ -10,7 +10,10 @@ import hashlib
 import json
 import os
 import re
+import subprocess
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Callable, Iterator
 
 import numpy as np
@@ -97,6 +100,12 @@ def with_chunks(record: dict, encoding: str) -> dict:
         return record
     parts = split_into_chunks(record["text"], lambda text: len(split(text, encoding)), CHUNK_TOKENS)
     return record | {"chunks": [{"suffix": part} for part in parts]}
+
+
+def make_embedded(folder, seed: int = 0) -> None:
+    """Write the embedded corpus, an alchemist's notebook, into a folder."""
+    prepare = Path(__file__).parent / "alchemy" / "prepare.py"
+    subprocess.run([sys.executable, prepare, "--out", folder, "--seed", str(seed)], check=True)
 
 
 def observed_places(documents: list[Document]) -> list[tuple[Document, int]]:

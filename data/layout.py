@@ -6,6 +6,9 @@
     plain      x                                        a chunk without a latent
     no-thought SOL EOL x                                a plain chunk, told that there is no thought
 
+    raw        BOS x x ... EOS                          the text alone: a plain language model
+    latents    BOS z z ... EOS                          the thoughts alone, as synthetic text
+
     sampling   BOS C SOL EOL x SOL POST  ->  z EOL      log_proposal counts z and EOL
     scoring    BOS C SOL PRIOR  z EOL x                 log_joint counts z, EOL and x
 
@@ -66,6 +69,20 @@ class Layout:
             else:
                 sequence.add(MARKER, [self.sol, self.eol]).add(TEXT, chunk.suffix)
                 sequence.add(MARKER, [self.sol, self.post]).add(LATENT, chunk.latent).add(MARKER, [self.eol])
+        return sequence.add(MARKER, [self.eos])
+
+    def raw(self, document: Document) -> Sequence:
+        """The text of a document alone, as a plain language model is trained on it."""
+        sequence = Sequence().add(GIVEN, [self.bos])
+        for chunk in document.chunks:
+            sequence.add(GIVEN if chunk.given else TEXT, chunk.suffix)
+        return sequence.add(MARKER, [self.eos])
+
+    def latents(self, document: Document) -> Sequence:
+        """The latents of a document alone, without markers between them: for corpora whose latents rewrite the text."""
+        sequence = Sequence().add(GIVEN, [self.bos])
+        for chunk in document.chunks:
+            sequence.add(LATENT, chunk.latent or [])
         return sequence.add(MARKER, [self.eos])
 
     def add_plain(self, sequence: Sequence, chunk: Chunk, plain_as: str) -> None:

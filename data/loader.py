@@ -1,18 +1,41 @@
 """Batches for training: documents laid out afresh each epoch, packed into rows, dealt to steps and ranks.
 
-A batch is a function of (documents, settings, seed, step) alone, so a resumed run sees what the uninterrupted one saw.
+A batch is a function of (documents, recipe, position) alone, so a resumed run sees what the uninterrupted one saw.
 """
+import bisect
 import itertools
+import math
 from dataclasses import dataclass, replace
-from typing import Iterator
+from typing import Iterator, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data.corpus import Chunk, Document
-from data.layout import GIVEN, TEXT, Layout, Sequence
-from data.run import random_stream
+from data.layout import GIVEN, LATENT, TEXT, Layout, Sequence
+from data.run import Ranks, random_stream
+
+GROUP = 512         # documents that are laid out and packed together
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How documents become rows. A script's --help explains the fields; see TrainConfig."""
+    rows: int
+    row_tokens: int
+    layout: Literal["joint", "prior", "posterior", "raw", "latent_only"] = "joint"
+    plain_as: Literal["plain", "no_thought"] = "plain"
+    raw_mix: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far the stream of rows is: the rows that are used of a group of an epoch."""
+    epoch: int = 0
+    group: int = 0
+    row: int = 0
 
 
 @dataclass(frozen=True)
@@ -26,23 +49,23 @@ class Batch:
     def rows(self, part: slice) -> "Batch":
         return Batch(self.ids[part], self.targets[part], self.document[part], self.kinds[part])
 
-    def to(self, device) -> "Batch":
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in
-                       (self.ids, self.targets, self.document, self.kinds)))
+    def to(self, device: torch.device) -> "Batch":
+        """A copy on the device; where that is CUDA the host does not wait for it."""
+        tensors = (self.ids, self.targets, self.document, self.kinds)
+        if device.type == "cuda":
+            tensors = (tensor.pin_memory() for tensor in tensors)
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
-    @property
-    def num_tokens(self) -> int:
-        """Positions that are not padding."""
-        return int((self.document >= 0).sum())
 
-    @property
-    def num_targets(self) -> int:
-        return int((self.targets >= 0).sum())
-
-    @property
-    def num_observed(self) -> int:
-        """Targets that are observed text: what models with and without latents are compared on."""
-        return int((self.kinds == TEXT).sum())
+@dataclass(frozen=True)
+class StepBatch:
+    """The batch of an optimizer step: the rows dealt to this process, and counts over those of all processes."""
+    mine: Batch
+    num_tokens: int         # positions that are not padding
+    num_targets: int
+    num_observed: int       # targets that are observed text: what models with and without latents are compared on
+    num_latent: int         # targets that are tokens of thoughts
+    position: Position      # of the stream of rows, after this batch
 
 
 def pick_thought(chunk: Chunk, uniform: float) -> Chunk:
@@ -53,15 +76,22 @@ def pick_thought(chunk: Chunk, uniform: float) -> Chunk:
     return replace(chunk, latent=chunk.draws[int(np.searchsorted(cdf, uniform * cdf[-1], side="right"))])
 
 
-def lay_out_epoch(documents: list[Document], layout: Layout, plain_as: str, seed: int, epoch: int) -> Iterator[Sequence]:
-    """The documents in a fresh order with fresh coins, one fair coin per chunk, and where there are several thoughts a fresh one."""
+def lay_out(documents: list[Document], layout: Layout, recipe: Recipe, epoch: int, group: int) -> Iterator[Sequence]:
+    """A group of documents with fresh coins: one for each chunk, and where it has several thoughts a fresh one of them."""
     ends = np.cumsum([len(document.chunks) for document in documents])
-    coins = np.split(random_stream(seed, "coin", epoch).random(ends[-1]) < 0.5, ends[:-1])
-    picks = np.split(random_stream(seed, "pick", epoch).random(ends[-1]), ends[:-1])
-    for place in random_stream(seed, "shuffle", epoch).permutation(len(documents)):
-        document = documents[place]
-        chunks = [pick_thought(chunk, pick) for chunk, pick in zip(document.chunks, picks[place])]
-        yield layout.document(replace(document, chunks=chunks), coins[place], plain_as)
+    coins, picks = (np.split(random_stream(recipe.seed, purpose, epoch, group).random(ends[-1]), ends[:-1])
+                    for purpose in ("coin", "pick"))
+    raw = random_stream(recipe.seed, "raw", epoch, group).random(len(documents)) < recipe.raw_mix
+    prior_share = {"joint": 0.5, "prior": 1.0, "posterior": 0.0}.get(recipe.layout)
+    for document, coin, pick, alone in zip(documents, coins, picks, raw):
+        if alone or recipe.layout == "raw":
+            yield layout.raw(document)
+            continue
+        document = replace(document, chunks=[pick_thought(chunk, uniform) for chunk, uniform in zip(document.chunks, pick)])
+        if recipe.layout == "latent_only":
+            yield from [layout.latents(document)] if any(chunk.latent is not None for chunk in document.chunks) else []
+        else:
+            yield layout.document(document, coin < prior_share, recipe.plain_as)
 
 
 def windows(sequence: Sequence, row_tokens: int) -> Iterator[Sequence]:
@@ -71,28 +101,25 @@ def windows(sequence: Sequence, row_tokens: int) -> Iterator[Sequence]:
         yield Sequence(sequence.ids[start:stop], sequence.kinds[start:stop])
 
 
-def pack(sequences: Iterator[Sequence], row_tokens: int, open_rows: int = 16) -> Iterator[list[Sequence]]:
-    """Rows of sequences that fit together: each goes into the fullest of a few open rows that has room for it.
+def pack(lengths: list[int], row_tokens: int) -> list[list[int]]:
+    """Things of these lengths in rows that hold them, the longest first, each into the fullest row that has room for it."""
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []                    # what is left of each row, sorted: (tokens, row)
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = bisect.bisect_left(room, (lengths[i], 0))
+        if place == len(room):
+            rows.append([])
+            room.append((row_tokens, len(rows) - 1))
+        left, row = room.pop(place)
+        rows[row].append(i)
+        bisect.insort(room, (left - lengths[i], row))
+    return rows
 
-    A sequence of n ids takes n - 1 positions, since its last id is only a target.
-    """
-    rows: list[list[Sequence]] = []
-    room: list[int] = []
-    for sequence in sequences:
-        need = len(sequence.ids) - 1
-        fitting = [i for i in range(len(rows)) if room[i] >= need]
-        if fitting:
-            best = min(fitting, key=room.__getitem__)
-            rows[best].append(sequence)
-            room[best] -= need
-            continue
-        if len(rows) == open_rows:
-            fullest = room.index(min(room))
-            yield rows.pop(fullest)
-            room.pop(fullest)
-        rows.append([sequence])
-        room.append(row_tokens - need)
-    yield from rows
+
+def packed_rows(sequences: Iterator[Sequence], row_tokens: int) -> list[list[Sequence]]:
+    """Rows of whole sequences; only one that is longer than a row is cut. Of n ids n - 1 take room: the last is only a target."""
+    parts = [window for sequence in sequences for window in windows(sequence, row_tokens)]
+    return [[parts[i] for i in row] for row in pack([len(part.ids) - 1 for part in parts], row_tokens)]
 
 
 def collate(rows: list[list[Sequence]], row_tokens: int) -> Batch:
@@ -103,24 +130,45 @@ def collate(rows: list[list[Sequence]], row_tokens: int) -> Batch:
     for r, row in enumerate(rows):
         at = 0
         for number, sequence in enumerate(row):
-            here, next_kinds = slice(at, at + len(sequence.ids) - 1), np.array(sequence.kinds[1:])
-            ids[r, here], kinds[r, here], document[r, here] = sequence.ids[:-1], next_kinds, number
-            targets[r, here] = np.where(next_kinds == GIVEN, -1, sequence.ids[1:])
+            here, sequence_ids = slice(at, at + len(sequence.ids) - 1), np.array(sequence.ids)
+            ids[r, here], targets[r, here] = sequence_ids[:-1], sequence_ids[1:]
+            kinds[r, here], document[r, here] = sequence.kinds[1:], number
             at = here.stop
+    targets[kinds == GIVEN] = -1
     return Batch(*map(torch.from_numpy, (ids, targets, document, kinds)))
 
 
-def training_batches(documents: list[Document], layout: Layout, *, plain_as: str, rows: int, row_tokens: int,
-                     seed: int, start: int = 0) -> Iterator[Batch]:
-    """The endless stream of global batches of `rows` rows from step `start` on; rows an epoch leaves start the next."""
-    def stream():
-        for epoch in itertools.count():
-            sequences = lay_out_epoch(documents, layout, plain_as, seed, epoch)
-            yield from pack((w for s in sequences for w in windows(s, row_tokens)), row_tokens)
+def deal(rows: list[list[Sequence]], row_tokens: int, position: Position, ranks: Ranks) -> StepBatch:
+    """The rows of a global batch that are this process's, and the counts of all."""
+    kinds = [sequence.kinds[1:] for row in rows for sequence in row]
+    number = {kind: sum(one.count(kind) for one in kinds) for kind in (GIVEN, LATENT, TEXT)}
+    tokens = sum(map(len, kinds))
+    return StepBatch(collate(rows[ranks.rank::ranks.world], row_tokens), tokens, tokens - number[GIVEN], number[TEXT],
+                     number[LATENT], position)
 
-    packed = itertools.islice(stream(), start * rows, None)
+
+def training_rows(documents, layout: Layout, recipe: Recipe, start: Position) -> Iterator[tuple[list[Sequence], Position]]:
+    """The endless stream of rows from `start` on, each with the position after it.
+
+    An epoch is a fresh order of the documents, cut into groups that are laid out and packed on their own, so that going on
+    from a position takes laying out one group again.
+    """
+    for epoch in itertools.count(start.epoch):
+        order = random_stream(recipe.seed, "shuffle", epoch).permutation(len(documents))
+        for group in range(start.group if epoch == start.epoch else 0, math.ceil(len(order) / GROUP)):
+            here = [documents[int(i)] for i in order[group * GROUP:(group + 1) * GROUP]]
+            rows = packed_rows(lay_out(here, layout, recipe, epoch, group), recipe.row_tokens)
+            mixed = random_stream(recipe.seed, "rows", epoch, group).permutation(len(rows))
+            for number in range(start.row if (epoch, group) == (start.epoch, start.group) else 0, len(rows)):
+                yield rows[mixed[number]], Position(epoch, group, number + 1)
+
+
+def training_batches(documents, layout: Layout, recipe: Recipe, start: Position, ranks: Ranks) -> Iterator[StepBatch]:
+    """Batches without end. documents: a list of them, or a TokenizedCorpus. Every process packs all rows and collates its own."""
+    stream = training_rows(documents, layout, recipe, start)
     while True:
-        yield collate(list(itertools.islice(packed, rows)), row_tokens)
+        rows, positions = zip(*itertools.islice(stream, recipe.rows))
+        yield deal(list(rows), recipe.row_tokens, positions[-1], ranks)
 
 
 def length_batches(lengths: list[int], tokens: int) -> Iterator[list[int]]:
@@ -140,11 +188,8 @@ def padded(sequences: list[Sequence]) -> Batch:
 
 
 def summed_log_probs(model, batch: Batch, cache=None) -> Tensor:
-    """Sum of the log-probabilities of each row's targets, (R,) float32 nats. The vocabulary matters at targets only."""
-    hidden, scored = model.hidden(batch.ids, cache=cache), batch.targets >= 0
-    log_p = torch.zeros(batch.targets.shape, device=hidden.device)
-    log_p[scored] = model.log_probs(hidden[scored], batch.targets[scored])
-    return log_p.sum(dim=-1)
+    """Sum of the log-probabilities of each row's targets, (R,) float32 nats."""
+    return model(batch.ids, batch.targets, cache=cache).sum(dim=-1)
 
 
 @torch.inference_mode()

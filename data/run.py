@@ -3,6 +3,7 @@
 One mechanism for settings: a frozen dataclass is the command line, its --help, the log and config.json.
 """
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -19,6 +20,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
+
+try:
+    import resource
+except ImportError:
+    resource = None         # on Windows
 
 
 # ---- settings: dataclass -> flags -> config.json ---------------------------------------------------------------
@@ -176,6 +182,25 @@ class Ranks:
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
+
+
+@contextlib.contextmanager
+def main_first(ranks: Ranks):
+    """What the main rank makes in here the others find when their turn comes."""
+    if not ranks.main:
+        ranks.barrier()
+    yield
+    if ranks.main:
+        ranks.barrier()
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory this process has held, in bytes: of the device on CUDA, else of the machine; 0 where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def start_ranks(device: str = "auto") -> Ranks:

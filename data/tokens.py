@@ -72,6 +72,11 @@ class Tokenizer:
         return {"encoding": self.encoding, "tokens": self.tokens}
 
 
+def tokens_of(texts, encoding: str) -> set[bytes]:
+    """The tokens that occur in some texts."""
+    return {token for text in texts for token in split(text, encoding)}
+
+
 def tokenizer_for(texts, encoding: str) -> Tokenizer:
     """The tokenizer of a corpus: the encoding, reduced to the tokens that occur in the texts."""
-    return Tokenizer(encoding, tuple(sorted({token for text in texts for token in split(text, encoding)})))
+    return Tokenizer(encoding, tuple(sorted(tokens_of(texts, encoding))))

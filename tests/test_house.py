@@ -11,15 +11,17 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 OURS = {"model": "model.py", "sample_latents": "sample_latents.py", "train": "train.py", "bolt": "bolt.py",
-        **{f"data.{name}": f"data/{name}.py" for name in ("tokens", "layout", "loader", "run", "report")},
+        **{f"data.{name}": f"data/{name}.py" for name in ("tokens", "corpus", "cache", "layout", "loader", "run", "report")},
         "data.alchemy.world": "data/alchemy/world.py"}
 PICTURE = {
     "model": set(), "data.tokens": set(), "data.run": set(), "data.report": set(), "data.alchemy.world": set(),
-    "data.layout": {"data.tokens"},
-    "data.loader": {"data.layout", "data.run"},
-    "train": {"model", "data.layout", "data.loader", "data.run", "data.tokens"},
-    "sample_latents": {"model", "data.layout", "data.loader", "data.report", "data.run", "data.tokens"},
-    "bolt": {"train", "sample_latents", "model", "data.layout", "data.loader", "data.report", "data.run", "data.tokens", "data.alchemy.world"},
+    "data.corpus": {"data.tokens"},
+    "data.cache": {"data.corpus", "data.run", "data.tokens"},
+    "data.layout": {"data.corpus", "data.tokens"},
+    "data.loader": {"data.corpus", "data.layout", "data.run"},
+    "train": {"model", "data.cache", "data.corpus", "data.layout", "data.loader", "data.run", "data.tokens"},
+    "sample_latents": {"model", "data.corpus", "data.layout", "data.loader", "data.report", "data.run", "data.tokens"},
+    "bolt": {"train", "sample_latents", "model", "data.corpus", "data.layout", "data.loader", "data.report", "data.run", "data.tokens", "data.alchemy.world"},
 }
 
 

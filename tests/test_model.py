@@ -101,12 +101,21 @@ def test_copied_prompts_and_moved_rows_continue_like_their_source():
     torch.testing.assert_close(step[1, 0], model.hidden(torch.cat([ids[1, :4], new[0]])[None])[0, -1])
 
 
-def test_log_probs_do_not_depend_on_the_slab(monkeypatch):
-    """Logits made a few positions at a time are those made at once."""
+def test_log_probs_and_gradients_do_not_depend_on_the_slab(monkeypatch):
+    """Logits made a few positions at a time, and again for the gradient, are those made at once; no target, no logits."""
     network, ids = random_model(V), ids_of(3, 9)
-    whole = network(ids, ids)
-    monkeypatch.setattr(gpt, "SLAB", 2 * V)
-    torch.testing.assert_close(network(ids, ids), whole)
+    targets = ids.clone()
+    targets[0, 2:5] = -1
+    whole = network(ids, targets)
+    expected = torch.autograd.grad(whole.sum(), list(network.parameters()))
+    rows, logits = [], network.logits
+    monkeypatch.setattr(network, "logits", lambda hidden: rows.append(len(hidden)) or logits(hidden))
+    monkeypatch.setitem(gpt.SLAB, "cpu", 2 * V)
+    log_p = network(ids, targets)
+    torch.testing.assert_close(log_p, whole)
+    assert max(rows) == 2 and sum(rows) == 24 and (log_p[0, 2:5] == 0).all()
+    for one, other in zip(torch.autograd.grad(log_p.sum(), list(network.parameters())), expected):
+        torch.testing.assert_close(one, other)
 
 
 def test_packed_documents_never_see_each_other():

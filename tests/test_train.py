@@ -1,5 +1,9 @@
 """Laws of train.py: the loss is summed and divided once, resuming is bit-identical, two processes do what one does."""
+import collections
 import json
+import math
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,12 +13,15 @@ import pytest
 import torch
 
 import train as train_module
-from data.loader import training_batches
+from data.corpus import encode_document
+from data.layout import LATENT, MARKER, TEXT
+from data.loader import Position, Recipe, training_batches
 from data.run import Ranks
 from data.tokens import Tokenizer, tokenizer_for
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from tests.conftest import RECORDS, random_model
-from train import Muon, TrainConfig, backward, direct_nll, main, make_optimizers, nearest_orthogonal, schedule, train
+from train import (Muon, TrainConfig, backward, choose_dtype, direct_nll, has_fast_bfloat16, main, make_optimizers,
+                   nearest_orthogonal, schedule, train, validate)
 
 SMALL = TrainConfig(steps=12, batch_tokens=64, row_tokens=16, checkpoint_every=5,
                     model=GPTConfig(context=32, width=16, ffn=24, heads=2, kv_heads=2))
@@ -22,10 +29,10 @@ NO_AUTOCAST = torch.autocast("cpu", enabled=False)
 
 
 @pytest.fixture
-def batch(documents, layout):
+def batch(documents, layout, alone):
     """Ragged: four rows with different numbers of targets."""
-    batch = next(training_batches(documents, layout, plain_as="plain", rows=4, row_tokens=24, seed=0))
-    assert len({int((row >= 0).sum()) for row in batch.targets}) > 1
+    batch = next(training_batches(documents, layout, Recipe(4, 24), Position(), alone))
+    assert len({int((row >= 0).sum()) for row in batch.mine.targets}) > 1
     return batch
 
 
@@ -36,7 +43,7 @@ def gradients(model):
 def test_the_gradient_is_that_of_the_mean_over_all_targets(batch, alone, layout):
     """One mean over the targets of the batch, however it is cut into micro-batches: 1 x 4 == 2 x 2 == 4 x 1."""
     model = random_model(layout.tokenizer.vocab_size)
-    log_p = model(batch.ids, batch.targets, batch.document)
+    log_p = model(batch.mine.ids, batch.mine.targets, batch.mine.document)
     (-log_p.sum() / batch.num_targets).backward()
     expected = gradients(model)
     for rows in (0, 1, 2, 3):
@@ -47,7 +54,7 @@ def test_the_gradient_is_that_of_the_mean_over_all_targets(batch, alone, layout)
             torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
 
 
-def test_ranks_with_unequal_counts_average_to_the_same_gradient(batch, layout):
+def test_ranks_with_unequal_counts_average_to_the_same_gradient(batch, documents, layout):
     """The mean over ranks, which is what DDP takes, of each rank's gradient is that of one process."""
     model = random_model(layout.tokenizer.vocab_size)
     backward(model, batch, 0, Ranks(0, 1, torch.device("cpu")), NO_AUTOCAST)
@@ -55,16 +62,20 @@ def test_ranks_with_unequal_counts_average_to_the_same_gradient(batch, layout):
     parts = []
     for rank in range(2):
         model.zero_grad()
-        backward(model, batch, 2, Ranks(rank, 2, torch.device("cpu")), NO_AUTOCAST)
+        ranks = Ranks(rank, 2, torch.device("cpu"))
+        mine = next(training_batches(documents, layout, Recipe(4, 24), Position(), ranks))
+        backward(model, mine, 2, ranks, NO_AUTOCAST)
         parts.append(gradients(model))
     for one, two, whole in zip(*parts, expected):
         torch.testing.assert_close((one + two) / 2, whole, atol=1e-6, rtol=1e-4)
 
 
-def test_the_schedule_as_a_table():
-    """Warm-up over 2 of 20 steps, constant, then down to zero over the last 10."""
-    config = replace(SMALL, steps=20, warmup=0.1, decay=0.5)
-    assert [round(schedule(step, config), 2) for step in (0, 1, 2, 9, 10, 11, 15, 19)] == [0.5, 1, 1, 1, 1, 0.9, 0.5, 0.1]
+def test_the_schedules_as_a_table():
+    """Warm-up over 2 of 20 steps; wsd falls to zero over the last 10, cosine from the warm-up on, constant never."""
+    table = {"wsd": [0.5, 1, 1, 1, 1, 0.9, 0.5, 0.1], "cosine": [0.5, 1, 0.99, 0.62, 0.54, 0.46, 0.16, 0.01], "constant": [0.5] + [1] * 7}
+    for name, shares in table.items():
+        config = replace(SMALL, steps=20, warmup=0.1, decay=0.5, schedule=name)
+        assert [round(schedule(step, config), 2) for step in (0, 1, 2, 9, 10, 11, 15, 19)] == shares, name
 
 
 def test_newton_schulz_brings_singular_values_near_one():
@@ -89,8 +100,8 @@ def test_muon_takes_the_steps_of_torch():
 
 def test_every_weight_has_one_optimizer(layout):
     model = random_model(layout.tokenizer.vocab_size)
-    for rate, count in ((0.0, 1), (0.015, 2)):
-        optimizers = make_optimizers(model, replace(SMALL, muon_learning_rate=rate), torch.device("cpu"))
+    for name, count in (("adamw", 1), ("muon", 2)):
+        optimizers = make_optimizers(model, replace(SMALL, optimizer=name), torch.device("cpu"))
         held = [id(w) for o in optimizers for group in o.param_groups for w in group["params"]]
         assert len(optimizers) == count and sorted(held) == sorted(map(id, model.parameters()))
 
@@ -159,10 +170,81 @@ def test_a_checkpoint_of_another_model_is_refused(tokenizer, documents, alone, t
         train(fresh(tokenizer, other), tokenizer, documents, other, str(tmp_path), alone)
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tokenizer, documents, alone, tmp_path):
-    config = replace(SMALL, steps=30, learning_rate=1e30, warmup=0.01, clip=1e30)
-    with pytest.raises(ValueError, match="--learning_rate"):
-        train(fresh(tokenizer), tokenizer, documents, config, str(tmp_path), alone)
+def test_a_checkpoint_of_another_vocabulary_is_refused(tokenizer, documents, alone, tmp_path):
+    train(fresh(tokenizer), tokenizer, documents, SMALL, str(tmp_path), alone)
+    other = replace(tokenizer, tokens=(b"z", *tokenizer.tokens[1:]))
+    with pytest.raises(ValueError, match="another vocabulary.*--out"):
+        train(fresh(other), other, documents, SMALL, str(tmp_path), alone)
+
+
+def test_half_a_checkpoint_is_refused(tokenizer, documents, alone, tmp_path):
+    train(fresh(tokenizer), tokenizer, documents, SMALL, str(tmp_path), alone)
+    path = tmp_path / "ckpt.pt"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="ckpt.pt.*not a whole checkpoint"):
+        train(fresh(tokenizer), tokenizer, documents, SMALL, str(tmp_path), alone)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tokenizer, documents, alone, tmp_path, monkeypatch):
+    """Step and rank are named, and the checkpoint before it stays."""
+    train_step = train_module.train_step
+
+    def spoilt(model, forward, optimizers, batch, step, *rest):
+        if step == 6:
+            with torch.no_grad():
+                model.norm.weight.fill_(float("inf"))
+        return train_step(model, forward, optimizers, batch, step, *rest)
+    monkeypatch.setattr(train_module, "train_step", spoilt)
+    model = fresh(tokenizer)
+    with pytest.raises(ValueError, match=f"not a number at step 7, rank 0; the last good checkpoint is {tmp_path}/ckpt.pt; lower --learning_rate"):
+        train(model, tokenizer, documents, SMALL, str(tmp_path), alone)
+    saved, state = load_checkpoint(str(tmp_path / "ckpt.pt"))
+    assert state["state"]["step"] == 5 and weights(saved).isfinite().all()
+
+
+def test_bfloat16_on_a_cpu_is_for_wide_models_where_it_is_fast(alone, monkeypatch):
+    for fast, width, dtype, expected in ((True, 256, "auto", "bfloat16"), (True, 64, "auto", "float32"), (False, 256, "auto", "float32"),
+                                         (True, 256, "float32", "float32"), (False, 64, "bfloat16", "bfloat16")):
+        monkeypatch.setattr(train_module, "has_fast_bfloat16", lambda: fast)
+        assert choose_dtype(replace(SMALL, dtype=dtype), width, alone) == expected
+    monkeypatch.undo()
+    assert has_fast_bfloat16() in (True, False)
+
+
+def test_validation_gives_nats_by_kind_and_bits_per_byte(tokenizer, layout, documents, alone):
+    """Against the log-probabilities of each document alone."""
+    model = random_model(tokenizer.vocab_size)
+    record = validate(model, tokenizer, documents, replace(SMALL, layout="prior"), alone, batch_rows=2)
+    nll, count, text_bytes = collections.Counter(), collections.Counter(), 0
+    for document in documents:
+        sequence = layout.document(document, [True] * len(document.chunks))
+        ids = torch.tensor([sequence.ids])
+        for log_p, target, kind in zip(model(ids[:, :-1], ids[:, 1:])[0].tolist(), sequence.ids[1:], sequence.kinds[1:]):
+            nll[kind] -= log_p
+            count[kind] += 1
+            text_bytes += len(tokenizer.tokens[target]) if kind == TEXT else 0
+    for name, kind in (("latent", LATENT), ("text", TEXT), ("marker", MARKER)):
+        assert record[f"val_nll_{name}"] == pytest.approx(nll[kind] / count[kind], rel=1e-5)
+    assert record["val_bits_per_byte"] == pytest.approx(nll[TEXT] / text_bytes / math.log(2), rel=1e-5)
+    kinds = (LATENT, TEXT, MARKER)
+    assert record["val_loss"] == pytest.approx(sum(nll[kind] for kind in kinds) / sum(count[kind] for kind in kinds), rel=1e-5)
+
+
+def test_the_first_loss_is_that_of_a_guess(tokenizer, documents, alone, tmp_path):
+    """ln(vocabulary), since the head starts at zero."""
+    records = []
+    train(fresh(tokenizer), tokenizer, documents, replace(SMALL, steps=1), str(tmp_path), alone, at_record=records.append)
+    assert records[0]["loss"] == pytest.approx(math.log(tokenizer.vocab_size), rel=1e-5)
+
+
+def test_training_on_drawn_latents_uses_exactly_the_sampled_ids(layout, alone):
+    """Ids that no text would be encoded to reach the batch as they are."""
+    tokenizer = layout.tokenizer
+    ids = [*tokenizer.encode(" a"), *tokenizer.encode("b")]
+    chunk = {"suffix": "a", "latent": tokenizer.decode(ids), "latent_ids": ids}
+    document = encode_document(0, {"text": "a", "chunks": [chunk]}, tokenizer)
+    batch = next(training_batches([document], layout, Recipe(1, 16, layout="prior"), Position(), alone))
+    assert batch.mine.targets[0][batch.mine.kinds[0] == LATENT].tolist() == ids and batch.num_latent == 2
 
 
 def test_the_raw_layout_is_a_plain_language_model(tokenizer, layout, documents):
@@ -189,13 +271,16 @@ def flags(corpus, out, *more):
 def test_main_trains_and_says_where_the_checkpoint_is(corpus, tmp_path, capsys):
     main(flags(corpus, tmp_path / "run"))
     said = capsys.readouterr().out
-    assert f"{tmp_path}/run/ckpt.pt: 6 steps" in said and "held-out no-thought nll" in said
+    assert f"{tmp_path}/run/ckpt.pt: 6 steps in float32" in said and "held-out no-thought nll" in said and "step 6/6  loss" in said
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {"loss", "nll_latent", "nll_text", "tokens_per_second", "seconds_left"} <= set(records[0])
+    assert {"step", "val_loss", "val_nll_text", "val_nll_latent", "val_bits_per_byte"} <= set(records[1])
     assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["steps"] == 6
 
 
 @pytest.mark.parametrize("more, named", [(["--row_tokens", "999"], "--row_tokens 999"), (["--batch_tokens", "8"], "--batch_tokens 8"), (["--steps", "0"], "--steps 0"), (["--batch_tokens", "50"], "multiple"),
                                          (["--device", "gpu"], "--device gpu"), (["--encoding", "gtp2"], "--encoding gtp2"), (["--model.heads", "0"], "heads"),
-                                         (["--data", "nowhere.jsonl"], "nowhere.jsonl")])
+                                         (["--data", "nowhere.jsonl"], "nowhere.jsonl"), (["--raw_mix", "2"], "--raw_mix 2")])
 def test_bad_settings_end_before_work_is_spent(corpus, tmp_path, more, named):
     with pytest.raises((ValueError, FileNotFoundError), match=named):
         main(flags(corpus, tmp_path / "run", *more))
@@ -211,6 +296,10 @@ def test_training_on_drawn_latents_starts_from_the_checkpoint_that_drew_them(cor
     argv = ["--data", str(tmp_path / "drawn.jsonl"), *flags(corpus, tmp_path / "run")[2:]]
     with pytest.raises(ValueError, match="--init_from"):
         main(argv)
+    with pytest.raises(ValueError, match="leave --model"):
+        main([*argv, "--init_from", str(tmp_path / "old.pt")])
+    argv = [word for word in argv if word not in ("--model.width", "--model.ffn", "16", "24")]
+    argv = argv[:argv.index("--row_tokens")] + argv[argv.index("--row_tokens") + 1:] + ["--row_tokens", "16"]
     main([*argv, "--init_from", str(tmp_path / "old.pt")])
     _, state = load_checkpoint(str(tmp_path / "run" / "ckpt.pt"))
     assert Tokenizer(**state["tokenizer"]) == tokenizer
@@ -228,17 +317,37 @@ def test_two_processes_do_what_one_does(corpus, tmp_path):
 
 
 @pytest.mark.slow
-def test_kill_minus_9_and_again_gives_the_same_weights(corpus, tmp_path):
-    """A process killed in the middle, then the same command: the same bytes of weights."""
+@pytest.mark.parametrize("launcher", [["train.py"], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]])
+def test_kill_minus_9_and_again_gives_the_same_weights(corpus, tmp_path, launcher):
+    """Processes killed in the middle, then the same command: the same bits of weights, with one process and with two."""
     root = Path(train_module.__file__).parent
     long = ["--steps", "200", "--checkpoint_every", "20"]
-    subprocess.run([sys.executable, "train.py", *flags(corpus, tmp_path / "whole", *long)], cwd=root, check=True)
-    command = [sys.executable, "train.py", *flags(corpus, tmp_path / "killed", *long)]
-    process = subprocess.Popen(command, cwd=root)
+    subprocess.run([sys.executable, *launcher, *flags(corpus, tmp_path / "whole", *long)], cwd=root, check=True)
+    command = [sys.executable, *launcher, *flags(corpus, tmp_path / "killed", *long)]
+    process = subprocess.Popen(command, cwd=root, start_new_session=True)
     while not (tmp_path / "killed" / "ckpt.pt").exists():
         assert process.poll() is None
-    process.kill()
+    os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    assert load_checkpoint(str(tmp_path / "killed" / "ckpt.pt"))[1]["state"]["step"] < 200
     subprocess.run(command, cwd=root, check=True)
     one, two = (load_checkpoint(str(tmp_path / name / "ckpt.pt"))[0] for name in ("whole", "killed"))
     assert torch.equal(weights(one), weights(two))
+
+
+def test_it_starts_from_a_run_folder(corpus, tmp_path):
+    main(flags(corpus, tmp_path / "first"))
+    argv = ["--data", str(corpus), "--held_out", "", "--out", str(tmp_path / "second"), "--steps", "1", "--batch_tokens", "64", "--row_tokens",
+            "16", "--learning_rate", "1e-30", "--muon_learning_rate", "1e-30", "--device", "cpu"]
+    with pytest.raises(FileNotFoundError, match="no checkpoint at .*nowhere"):
+        main([*argv, "--init_from", str(tmp_path / "nowhere")])
+    main([*argv, "--init_from", str(tmp_path / "first")])
+    one, two = (load_checkpoint(str(tmp_path / name / "ckpt.pt"))[0] for name in ("first", "second"))
+    torch.testing.assert_close(weights(one), weights(two))
+
+
+def test_the_embedded_corpus_is_made_where_it_is_missing(tmp_path, monkeypatch):
+    """A user's first command, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    main(["--steps", "1", "--device", "cpu"])
+    assert (tmp_path / "data" / "alchemy" / "gold.jsonl").exists() and (tmp_path / "runs" / "train" / "ckpt.pt").exists()

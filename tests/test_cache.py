@@ -1,0 +1,82 @@
+"""Laws of cache.py: a tokenised corpus holds the documents of its file, is made once, and is never taken for another."""
+import json
+import os
+
+import pytest
+
+from data import cache
+from data.cache import TokenizedCorpus, from_bytes, survey_source, to_bytes, vocabulary
+from data.corpus import encode_corpus, read_corpus, texts_of
+from data.tokens import tokenizer_for
+from tests.conftest import RECORDS
+
+DRAWN = {"text": "a c", "chunks": [{"suffix": "a"}, {"suffix": " c", "latent": " d", "draws": [
+    {"latent": " d", "latent_ids": None, "weight": 0.75}, {"latent": "", "latent_ids": [], "weight": 0.25}]}]}
+
+
+@pytest.fixture
+def corpus(tmp_path, tokenizer):
+    drawn = json.loads(json.dumps(DRAWN))
+    drawn["chunks"][1]["draws"][0]["latent_ids"] = tokenizer.encode(" d")
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in [*RECORDS, drawn, {"text": "b c. d e."}] * 3))
+    return str(path)
+
+
+@pytest.fixture
+def records(corpus):
+    return read_corpus(corpus)
+
+
+def test_a_document_comes_back_from_its_bytes(records, tokenizer):
+    """Given chunks, empty latents, no latents, and all draws with their weights."""
+    for id_type in (cache.np.uint16, cache.np.uint32):
+        for document in encode_corpus(records[:6], wide(records)):
+            assert from_bytes(document.index, to_bytes(document, id_type), id_type) == document
+
+
+def wide(records):
+    return tokenizer_for([*texts_of(records, "words"), "a b c d e", " d"], "words")
+
+
+@pytest.mark.parametrize("part_bytes", [2 ** 23, 300])
+def test_a_tokenised_corpus_has_the_documents_of_its_file(corpus, records, monkeypatch, part_bytes):
+    """In one part, and in several that are shared among processes."""
+    monkeypatch.setattr(cache, "PART_BYTES", part_bytes)
+    source = survey_source(corpus)
+    assert (len(source.parts) > 1) == (part_bytes == 300)
+    assert vocabulary(source, "words") == set(tokenizer_for(texts_of(records, "words"), "words").tokens)
+    tokenized, expected = TokenizedCorpus(source, wide(records)), encode_corpus(records, wide(records))
+    assert len(tokenized) == len(expected) and list(tokenized) == expected
+    assert tokenized[7] == expected[7]
+
+
+def test_it_is_made_once_and_anew_where_corpus_or_vocabulary_change(corpus, records, monkeypatch):
+    tokenizer = wide(records)
+    TokenizedCorpus(survey_source(corpus), tokenizer)
+    monkeypatch.setattr(cache, "tokenize_part", None)           # nobody may tokenise
+    assert len(TokenizedCorpus(survey_source(corpus), tokenizer)) == len(records)
+    for changed in (lambda: open(corpus, "a").write(json.dumps(RECORDS[2]) + "\n"), lambda: None):
+        changed()
+        with pytest.raises(TypeError):
+            TokenizedCorpus(survey_source(corpus), tokenizer_for(["z", *tokenizer.decode(range(9))], "words"))
+
+
+def test_a_killed_tokenisation_leaves_nothing_behind_that_counts(corpus, records, monkeypatch):
+    source, replaced = survey_source(corpus), []
+    monkeypatch.setattr(os, "replace", lambda *paths: replaced.append(paths))       # killed before the first rename
+    with pytest.raises(FileNotFoundError):
+        TokenizedCorpus(source, wide(records))
+    monkeypatch.undo()
+    assert list(TokenizedCorpus(source, wide(records))) == encode_corpus(records, wide(records))
+
+
+@pytest.mark.parametrize("part_bytes", [2 ** 23, 300])
+def test_a_bad_line_is_named(corpus, records, monkeypatch, part_bytes):
+    """With its number in the file, also where another process reads it."""
+    monkeypatch.setattr(cache, "PART_BYTES", part_bytes)
+    with open(corpus, "a") as file:
+        file.write('{"text": 3}\n')
+    for job in (lambda source: vocabulary(source, "words"), lambda source: TokenizedCorpus(source, wide(records))):
+        with pytest.raises(ValueError, match=f"corpus.jsonl:{len(records) + 1}: a document needs"):
+            job(survey_source(corpus))
