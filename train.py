@@ -6,11 +6,12 @@
 
 Killed and started again with the same command it continues, and on a CPU ends with the same weights bit for bit.
 
-    config -> state -> schedule and optimizer -> train step -> evaluate -> train -> main
+    config -> state -> schedule and optimizer -> precision -> train step -> evaluate -> log -> train -> main
 
 Shapes: R rows of the global batch, B rows of a micro-batch, T positions.
 """
 import contextlib
+import datetime
 import functools
 import itertools
 import math
@@ -18,7 +19,7 @@ import os
 import time
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
-from typing import Callable, Literal
+from typing import Callable, Iterator, Literal
 
 import torch
 import torch.distributed as dist
@@ -104,6 +105,11 @@ class TrainState:
     position: tuple = (0, 0, 0)     # of the stream of rows, see `Position`
     dtype: str = ""                 # what the products are computed in, chosen at the start
 
+    def count(self, batch: StepBatch) -> None:
+        self.tokens += batch.num_tokens
+        self.observed_tokens += batch.num_observed
+        self.position = astuple(batch.position)
+
 
 # ---- schedule and optimizer ------------------------------------------------------------------------------------
 
@@ -119,8 +125,12 @@ def schedule(step: int, config: TrainConfig) -> float:
 
 
 def nearest_orthogonal(matrices: Tensor, iterations: int = 5) -> Tensor:
-    """Stacked matrices (n, r, c) with their singular values brought near 1, by a Newton-Schulz iteration in float32."""
+    """Stacked matrices (n, r, c) with their singular values brought near 1, by a Newton-Schulz iteration.
+
+    In float32; on CUDA in bfloat16, as in its source.
+    """
     x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    x = x.bfloat16() if x.is_cuda else x
     x = x.mT if x.shape[-2] > x.shape[-1] else x
     for _ in range(iterations):
         gram = x @ x.mT
@@ -289,14 +299,22 @@ class Meter:
         self.nll, self.counts, self.steps = torch.zeros(3, device=self.ranks.device), torch.zeros(3), []
         self.tokens, self.since, self.waited = 0, time.perf_counter(), 0.0
 
-    def add(self, batch: StepBatch, sums: Tensor, norm: Tensor, waited: float) -> None:
+    def next(self, batches: Iterator[StepBatch]) -> StepBatch:
+        """The next batch, with the time it takes to make."""
+        start = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - start
+        return batch
+
+    def add(self, batch: StepBatch, sums: Tensor, norm: Tensor) -> None:
         self.nll += sums
         self.counts += torch.tensor([batch.num_latent, batch.num_observed, batch.num_targets])
         self.steps.append(torch.stack([sums[2], norm]))
-        self.tokens, self.waited = self.tokens + batch.num_tokens, self.waited + waited
+        self.tokens += batch.num_tokens
 
     def record(self, step: int) -> dict:
-        """The figures since the last record; those of the nll over all ranks. Raises ValueError where one is not finite."""
+        """The figures since the last record, the nll over all ranks, as they go to metrics.jsonl. Raises ValueError where the loss
+        or the gradient is not finite."""
         if self.ranks.world > 1:
             dist.all_reduce(self.nll)
         latent, text, loss = (self.nll.cpu() / self.counts.clamp(min=1)).tolist()
@@ -304,10 +322,14 @@ class Meter:
         self.check_finite(step, loss, steps)
         speed = self.tokens / seconds
         mfu = {"mfu": speed * self.flops / self.peak_flops / self.ranks.world} if self.peak_flops else {}
-        return {"step": step, "loss": loss, "nll_latent": latent, "nll_text": text, "grad_norm": steps[-1, 1].item(),
-                "learning_rate": self.config.learning_rate * schedule(step - 1, self.config), "tokens_per_second": speed, **mfu,
-                "waiting_for_data": self.waited / seconds, "memory_gib": peak_memory(self.ranks.device) / 2 ** 30,
-                "seconds_left": (self.config.steps - step) * seconds / len(steps)}
+        record = {"step": step, "loss": loss, "nll_latent": latent, "nll_text": text, "grad_norm": steps[-1, 1].item(),
+                  "learning_rate": self.config.learning_rate * schedule(step - 1, self.config), "tokens_per_second": speed, **mfu,
+                  "waiting_for_data": self.waited / seconds, "memory_gib": peak_memory(self.ranks.device) / 2 ** 30,
+                  "seconds_left": (self.config.steps - step) * seconds / len(steps)}
+        self.clear()
+        if self.ranks.main:
+            append_metrics(self.folder, record)
+        return record
 
     def check_finite(self, step: int, loss: float, steps: Tensor) -> None:
         bad = (~steps.isfinite()).any(dim=-1).nonzero()
@@ -322,7 +344,7 @@ class Meter:
 
 def line_of(record: dict, steps: int) -> str:
     """A record for people."""
-    left = time.strftime("%H:%M:%S", time.gmtime(record["seconds_left"]))
+    left = datetime.timedelta(seconds=round(record["seconds_left"]))
     mfu = f"  mfu {record['mfu']:.1%}" if "mfu" in record else ""
     return (f"step {record['step']}/{steps}  loss {record['loss']:.3f}  nats/token: text {record['nll_text']:.3f}, latent "
             f"{record['nll_latent']:.3f}  grad {record['grad_norm']:.2f}  lr {record['learning_rate']:.1e}  "
@@ -354,30 +376,28 @@ def train(model: GPT, tokenizer: Tokenizer, documents, config: TrainConfig, fold
     bar = tqdm(range(state.step + 1, config.steps + 1), desc=title, initial=state.step, total=config.steps, unit="step",
                leave=False, disable=not ranks.main)
     for state.step in bar:
-        start = time.perf_counter()
-        batch = next(batches)
-        waited = time.perf_counter() - start
+        batch = meter.next(batches)
         sums, norm = train_step(model, forward, optimizers, batch, state.step - 1, config, ranks, autocast)
-        state.tokens += batch.num_tokens
-        state.observed_tokens += batch.num_observed
-        state.position = astuple(batch.position)
-        meter.add(batch, sums, norm, waited)
+        state.count(batch)
+        meter.add(batch, sums, norm)
         at_end = state.step % config.checkpoint_every == 0 or state.step == config.steps
         if at_end or state.step % config.log_every == 0:
             record = meter.record(state.step)
             bar.set_postfix_str(f"loss {record['loss']:.3f}")
-            if ranks.main:
-                append_metrics(folder, record)
             at_record(record)
         if at_end:
             at_checkpoint(state)
-            if ranks.main:
-                save_checkpoint(path, model, optimizers=[o.state_dict() for o in optimizers], state=vars(state),
-                                tokenizer=tokenizer.state(), config=asdict(config), random=torch.get_rng_state())
-            ranks.barrier()
-        if at_end or state.step % config.log_every == 0:
+            save(path, model, optimizers, tokenizer, state, config, ranks)
             meter.clear()
     return state
+
+
+def save(path: str, model: GPT, optimizers, tokenizer: Tokenizer, state: TrainState, config: TrainConfig, ranks: Ranks) -> None:
+    """Write all that a resume needs, and what whoever uses the model needs to know of it."""
+    if ranks.main:
+        save_checkpoint(path, model, optimizers=[optimizer.state_dict() for optimizer in optimizers], state=vars(state),
+                        tokenizer=tokenizer.state(), config=asdict(config), random=torch.get_rng_state())
+    ranks.barrier()
 
 
 def resume(path: str, model: GPT, optimizers, tokenizer: Tokenizer) -> TrainState:

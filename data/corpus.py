@@ -3,7 +3,7 @@
     {"text": ..., "chunks": [{"suffix": ..., "latent": ... or null, "given": true or absent}, ...]}
 
 The suffixes of a document add up to its text; a document that has only text is split by the chunker at the end of this
-file. What an E-step wrote has more keys: the ids of the thought, the evidence, and where it kept them all draws.
+file; one with {"text", "latent"}, a rewriting of the whole, is one chunk. What an E-step wrote has more keys: the ids of the thought, the evidence, and where it kept them all draws.
 """
 import contextlib
 import hashlib
@@ -95,9 +95,12 @@ def read_document(path: str, number: int, line: bytes, tokenizer: Tokenizer, wit
 
 
 def with_chunks(record: dict, encoding: str) -> dict:
-    """A document that has only `text`, with the chunks it splits into; others as they are."""
+    """A document that has only `text`, with the chunks it splits into, or as one chunk where it has a `latent` of its own
+    (a rewriting of the whole); others as they are."""
     if record.get("chunks") is not None:
         return record
+    if record.get("latent") is not None:
+        return record | {"chunks": [{"suffix": record["text"], "latent": record["latent"]}]}
     parts = split_into_chunks(record["text"], lambda text: len(split(text, encoding)), CHUNK_TOKENS)
     return record | {"chunks": [{"suffix": part} for part in parts]}
 
@@ -150,6 +153,8 @@ def check_record(record: dict) -> dict:
     """A document of the data contract, or a ValueError that says what is wrong with it."""
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         raise ValueError('a document needs a "text"')
+    if not isinstance(record.get("latent"), str | None):
+        raise ValueError('the "latent" of a document is a text or null')
     chunks = record.get("chunks")
     if chunks is None:
         return record

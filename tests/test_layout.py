@@ -5,7 +5,7 @@ import pytest
 
 from data.corpus import (check_record, CHUNK_TOKENS, encode_document, read_corpus, split_into_chunks, split_into_sentences,
                          texts_of)
-from data.layout import GIVEN, LATENT, MARKER, TEXT
+from data.layout import GIVEN, LATENT, MARKER, TEXT, Layout
 from data.tokens import Tokenizer, tokenizer_for
 
 
@@ -51,6 +51,14 @@ def test_training_sampling_and_scoring_see_the_same_ids(layout, documents):
     prior = layout.document(document, [False, True]).ids
     assert posterior[:len(layout.posterior_prompt(document, 1))] == layout.posterior_prompt(document, 1)
     assert prior[:-1] == layout.joint(document, 1, document.chunks[1].latent).ids
+
+
+def test_a_latent_of_a_whole_document_makes_it_one_chunk():
+    """As in corpora that rewrite each document: its synthetic text alone is what latent_only trains on."""
+    document = encode_document(0, {"text": "a b. c", "latent": " d e"}, tokenizer_for(["a b. c", " d e"], "words"))
+    layout = Layout(tokenizer_for(["a b. c", " d e"], "words"))
+    assert spell(layout, layout.document(document, [True]).ids) == f"{BOS}{SOL}{PRIOR} d e{EOL}a b. c{EOS}"
+    assert spell(layout, layout.latents(document).ids) == f"{BOS} d e{EOS}"
 
 
 def test_an_empty_latent_is_a_latent(layout, documents):

@@ -1,0 +1,150 @@
+"""Speed of training, on models of two sizes, and of reading a large corpus; not collected by pytest.
+
+    python -m tests.bench_train --size S                                        forward, backward and optimizer, tokens per second
+    torchrun --standalone --nproc_per_node=2 -m tests.bench_train --size S      the same batch over two processes
+    python -m tests.bench_train corpus --gigabytes 1                            a generated corpus: seconds to start, memory, tokens/s
+
+sizes   S: 4 layers, width 256, 4 heads, ffn 688, vocabulary 512, rows 16 x 256 tokens
+        M: 12 layers, width 768, 12 heads, ffn 2048, vocabulary 50304, rows 4 x 512 tokens
+
+The workload is one that any other trainer can be given: random ids, one document a row, fused AdamW. The last line is JSON;
+ratios measured in turn on one machine count, absolute speeds do not. `gemm_share` is what the step reaches of the rate of one
+large matrix product on the same machine, counting `GPT.training_flops`.
+"""
+import argparse
+import itertools
+import json
+import os
+import statistics
+import tempfile
+import time
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from data.alchemy import prepare
+from data.cache import TokenizedCorpus, survey_source, vocabulary
+from data.layout import TEXT, Layout
+from data.loader import Batch, Position, Recipe, StepBatch, training_batches
+from data.run import Ranks, peak_memory, start_ranks
+from data.tokens import Tokenizer
+from model import GPT, GPTConfig
+from train import TrainConfig, make_optimizers, train_step
+
+SIZES = {"S": dict(layers=4, width=256, heads=4, kv_heads=4, ffn=688, vocab_size=512),
+         "M": dict(layers=12, width=768, heads=12, kv_heads=12, ffn=2048, vocab_size=50304)}
+ROWS = {"S": (16, 256), "M": (4, 512)}
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds_of(job, device: torch.device, repeats: int) -> list[float]:
+    """Of each call of job(), after one to warm up."""
+    job()
+    times = []
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        job()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def gemm_flops(tokens: int, config: GPTConfig, dtype: torch.dtype, device: torch.device) -> float:
+    """FLOPs per second of the product of a batch of hidden states with a matrix of an MLP."""
+    x = torch.randn(tokens, config.width, device=device, dtype=dtype)
+    w = torch.randn(config.width, config.ffn, device=device, dtype=dtype)
+    return 2 * tokens * config.width * config.ffn / min(seconds_of(lambda: x @ w, device, 10))
+
+
+def step(args, ranks: Ranks) -> dict:
+    """Optimizer steps as train.py takes them."""
+    rows, length = args.rows or ROWS[args.size][0], args.length or ROWS[args.size][1]
+    model = GPT(GPTConfig(context=length, tied=True, embedding_std=0.02, **SIZES[args.size])).to(ranks.device)
+    config = TrainConfig(steps=1000, batch_tokens=rows * length, row_tokens=length, optimizer=args.optimizer, learning_rate=3e-4)
+    optimizers = make_optimizers(model, config, ranks.device)
+    forward = torch.compile(model) if args.compile else model
+    forward = DistributedDataParallel(forward) if ranks.world > 1 else forward
+    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+    def job():
+        ids = torch.randint(model.config.vocab_size, (rows, length))[ranks.rank::ranks.world]
+        batch = StepBatch(Batch(ids, ids, torch.zeros_like(ids), torch.full_like(ids, TEXT)), rows * length, rows * length,
+                          rows * length, 0, Position())
+        train_step(model, forward, optimizers, batch, 0, config, ranks, autocast)
+    speeds = [rows * length / seconds for seconds in seconds_of(job, ranks.device, args.repeats)]
+    peak = gemm_flops(rows * length // ranks.world, model.config, getattr(torch, args.dtype), ranks.device)
+    speed = statistics.median(speeds)
+    return dict(tokens_per_second=round(speed, 1), low=round(min(speeds), 1), high=round(max(speeds), 1),
+                gemm_gflops=round(peak / 1e9, 1), gemm_share=round(speed / ranks.world * model.training_flops(length) / peak, 3),
+                memory_gib=round(peak_memory(ranks.device) / 2 ** 30, 2), world=ranks.world)
+
+
+def resident_mib() -> int:
+    """Memory of this process now, on Linux."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 2 ** 20
+
+
+def corpus(args, ranks: Ranks) -> dict:
+    """The embedded documents over and over, as a file of so many gigabytes: tokenised, opened again, read for --steps batches."""
+    with tempfile.TemporaryDirectory() as folder:
+        prepare.main(["--out", folder])
+        with open(f"{folder}/oracle.jsonl", "rb") as source, open(f"{folder}/large.jsonl", "wb") as file:
+            lines, size = source.read(), int(args.gigabytes * 1e9)
+            while file.tell() < size:
+                file.write(lines)
+        report, clock = {"mib_before": resident_mib()}, time.perf_counter()
+
+        def lap(name: str) -> None:
+            nonlocal clock
+            report[f"seconds_{name}"], report[f"mib_{name}"] = round(time.perf_counter() - clock, 1), resident_mib()
+            clock = time.perf_counter()
+        source = survey_source(f"{folder}/large.jsonl")
+        lap("survey")
+        tokenizer = Tokenizer("words", tuple(sorted(vocabulary(source, "words"))))
+        lap("vocabulary")
+        TokenizedCorpus(source, tokenizer)
+        lap("tokenize")
+        documents = TokenizedCorpus(survey_source(f"{folder}/large.jsonl"), tokenizer)
+        lap("open_again")
+        batches, tokens = training_batches(documents, Layout(tokenizer), Recipe(64, 256), Position(), ranks), 0
+        next(batches)
+        lap("first_batch")
+        for number, batch in enumerate(itertools.islice(batches, args.steps), 1):
+            tokens += batch.num_tokens
+            if number % (args.steps // 4) == 0:
+                lap(f"steps_{number}")
+        seconds = sum(value for name, value in report.items() if name.startswith("seconds_steps"))
+        on_disk = sum(os.path.getsize(f"{folder}/large.jsonl.tokens/{name}") for name in os.listdir(f"{folder}/large.jsonl.tokens"))
+        return {"documents": len(documents), "tokenised_mb": on_disk // 10 ** 6, "tokens_per_second": round(tokens / seconds)} | report
+
+
+def main() -> None:
+    jobs = {"step": step, "corpus": corpus}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", nargs="?", choices=jobs, default="step")
+    parser.add_argument("--size", choices=SIZES, default="S")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--rows", type=int, default=0)
+    parser.add_argument("--length", type=int, default=0)
+    parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--gigabytes", type=float, default=1.0, help="of corpus")
+    parser.add_argument("--steps", type=int, default=400, help="batches of corpus")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    ranks = start_ranks(args.device)
+    result = jobs[args.job](args, ranks)
+    ranks.say(json.dumps(dict(trainer="nanoBoLT", torch=torch.__version__, **result, **vars(args))))
+
+
+if __name__ == "__main__":
+    main()
