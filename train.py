@@ -46,7 +46,7 @@ PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "
 class TrainConfig:
     steps: int = option(300, "optimizer steps")
     batch_tokens: int = option(512, "tokens of a global batch, over all processes and micro-batches")
-    row_tokens: int = option(128, "tokens of a row that documents are packed into; at most the context of the model")
+    row_tokens: int = option(256, "tokens of a row that documents are packed into; at most the context of the model")
     micro_batch_rows: int = option(0, "rows that go through the model at once on a process; 0: all of them")
     layout: Literal["joint", "prior", "posterior", "raw", "latent_only"] = option(
         "joint", "joint: a coin per chunk, prior or posterior; raw: the text alone; latent_only: the latents alone, as text")

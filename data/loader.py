@@ -102,17 +102,21 @@ def windows(sequence: Sequence, row_tokens: int) -> Iterator[Sequence]:
 
 
 def pack(lengths: list[int], row_tokens: int) -> list[list[int]]:
-    """Things of these lengths in rows that hold them, the longest first, each into the fullest row that has room for it."""
+    """Things of these lengths in rows that hold them, one after the other, each into the fullest row that has room for it.
+
+    Not the longest first: that wastes less, but fills a row with documents of one length and, since prior and posterior
+    differ in length, of one form. Five rounds of EM on the embedded corpus then end at accuracy 0.83 instead of 0.97 (seed 0).
+    """
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []                    # what is left of each row, sorted: (tokens, row)
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = bisect.bisect_left(room, (lengths[i], 0))
+    for i, length in enumerate(lengths):
+        place = bisect.bisect_left(room, (length, 0))
         if place == len(room):
             rows.append([])
             room.append((row_tokens, len(rows) - 1))
         left, row = room.pop(place)
         rows[row].append(i)
-        bisect.insort(room, (left - lengths[i], row))
+        bisect.insort(room, (left - length, row))
     return rows
 
 
