@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
-SLAB = {"cpu": 2 ** 24, "mps": 2 ** 26, "cuda": 2 ** 27}       # logits in memory at once; four bytes each
+SLAB = {"cpu": 2 ** 24, "mps": 2 ** 26, "cuda": 2 ** 27}       # logits that are made at once; four bytes each
+KEPT_SLABS = 8      # are kept for the gradient; where there are more, logits are made again
 
 # ---- config ----------------------------------------------------------------------------------------------------
 
@@ -283,14 +284,14 @@ class GPT(nn.Module):
         return self.norm(x.to(self.norm.weight.dtype))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., E) -> (..., V) float32."""
+        """(..., E) -> (..., V) float32; under autocast the product itself is in bfloat16."""
         return self.head(hidden).float()
 
     def log_probs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """log p(target) after each hidden state, (N, E) and (N,) -> (N,) float32, nats; 0 where a target is negative.
 
-        Every log-probability of the project. Logits are made a slab at a time, and made again for the gradient, so that
-        (N, V) is never whole in memory; those without a target are left out, where shapes may depend on data.
+        Every log-probability of the project. Logits are made a slab at a time, so that (N, V) is never whole in memory, and
+        not at all where there is no target (but in a compiled graph, whose shapes may not depend on data).
         """
         if not torch.compiler.is_compiling() and bool((targets < 0).any()):
             scored = targets >= 0
@@ -298,7 +299,7 @@ class GPT(nn.Module):
             return log_p.masked_scatter(scored, self.log_probs(hidden[scored], targets[scored]))
         size = max(1, SLAB[hidden.device.type] // self.config.vocab_size)
         slabs = list(zip(hidden.split(size), targets.clamp(min=-1).split(size)))
-        again = len(slabs) > 1 and torch.is_grad_enabled()
+        again = len(slabs) > KEPT_SLABS and torch.is_grad_enabled()
         return torch.cat([checkpoint(self.slab, *slab, use_reentrant=False) if again else self.slab(*slab) for slab in slabs])
 
     def slab(self, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ Ids are sampled, the same ids are scored, and the same ids are trained on: no te
 Shapes: N chunks, K draws each, L most new tokens of a draw, S slots (rows that decode together), V vocabulary.
 """
 import copy
-import hashlib
 import itertools
 import json
 import math
@@ -33,8 +32,8 @@ from data.corpus import Document, naming_the_line, numbered_lines, read_document
 from data.layout import Layout, Sequence
 from data.loader import length_batches, padded, summed_log_probs
 from data.report import show_chunk, summarize
-from data.run import (Ranks, join_files, open_run, option, parse_config, random_stream, require_positive, script, start_ranks,
-                      write_jsonl)
+from data.run import (Ranks, join_files, open_run, option, parse_config, random_stream, require_positive, script, sha256_of,
+                      start_ranks, write_jsonl)
 from data.tokens import Tokenizer
 from model import GPT, Branches, DecodingBranches, Prompts, read_checkpoint, restore
 
@@ -481,7 +480,9 @@ def annotate_block(model: GPT, layout: Layout, block: list[Document], config: Sa
         evidence = infer(model, layout, places, config, round, progress)
         first = block[0].index
         for (document, c), annotation in zip(places, annotate(places, evidence, layout.tokenizer, config, round)):
-            records[document.index - first]["chunks"][c] |= annotation
+            chunk = records[document.index - first]["chunks"][c]
+            chunk.pop("draws", None)
+            chunk |= annotation
         records[0]["cost"] = evidence.cost
         progress.block_done(len(places), evidence)
     return records
@@ -602,11 +603,6 @@ class MainConfig(SampleConfig):
     round: int = option(1, "number of the EM round; another number draws other thoughts")
     show: int = option(0, "print so many chunks with their thoughts, weights and bound instead")
     prompt: str = option("", "think about this text, then go on with it, instead")
-
-
-def sha256_of(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def annotate_corpus(state: dict, digest: str, tokenizer: Tokenizer, config: MainConfig, ranks: Ranks) -> None:

@@ -27,14 +27,14 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data.cache import TokenizedCorpus, survey_source, vocabulary
-from data.corpus import Document, make_embedded, observed_places
+from data.cache import Source, TokenizedCorpus, survey_source, vocabulary
+from data.corpus import make_embedded
 from data.layout import LATENT, MARKER, TEXT, Layout
-from data.loader import Position, Recipe, StepBatch, collate, score_sequences, training_batches, training_rows
+from data.loader import Position, Recipe, StepBatch, collate, epoch_rows, training_batches
 from data.run import (Ranks, append_metrics, main_first, open_run, option, parse_config, peak_memory, require_positive, script,
-                      start_ranks, trim_metrics)
+                      sha256_of, start_ranks, trim_metrics)
 from data.tokens import Tokenizer
-from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
+from model import GPT, GPTConfig, load_checkpoint, read_checkpoint, save_checkpoint
 
 
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
@@ -209,8 +209,9 @@ def choose_dtype(config: TrainConfig, width: int, ranks: Ranks) -> str:
     width 256 on (smaller models spend more on conversions than they gain), else float32."""
     if config.dtype != "auto":
         return config.dtype
-    low = ranks.device.type == "cuda" or ranks.device.type == "cpu" and width >= 256 and has_fast_bfloat16()
-    return "bfloat16" if low else "float32"
+    if ranks.device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    return "bfloat16" if ranks.device.type == "cpu" and width >= 256 and has_fast_bfloat16() else "float32"
 
 
 # ---- train step ------------------------------------------------------------------------------------------------
@@ -232,7 +233,8 @@ def backward(forward, batch: StepBatch, micro_batch_rows: int, ranks: Ranks, aut
             with autocast:
                 nll = -forward(part.ids, part.targets, part.document)                         # (B, T)
             (nll.sum() * scale).backward()
-        sums += torch.stack([nll[part.kinds == LATENT].sum(), nll[part.kinds == TEXT].sum(), nll.sum()]).detach()
+        nll = nll.detach()
+        sums += torch.stack([(nll * (part.kinds == kind)).sum() for kind in (LATENT, TEXT)] + [nll.sum()])
     return sums
 
 
@@ -253,34 +255,26 @@ def train_step(model: GPT, forward, optimizers, batch: StepBatch, step: int, con
 
 @torch.no_grad()
 def validate(model: GPT, tokenizer: Tokenizer, documents, config: TrainConfig, ranks: Ranks, batch_rows: int = 16) -> dict:
-    """Nats per target of held-out documents in the layout of the training, by kind, and bits per byte of the observed text.
-
-    The coins are those of the first epoch, so it is always the same measure. The rows are dealt to the ranks.
+    """Nats per target of held-out documents in the layout of the training, by kind, and bits per byte of the observed text;
+    nothing where that layout has no targets. The coins are those of the first epoch, so that it is always the same measure.
     """
-    epoch = itertools.takewhile(lambda row: row[1].epoch == 0, training_rows(documents, Layout(tokenizer), config.recipe, Position()))
-    rows = [row for number, (row, _) in enumerate(epoch) if number % ranks.world == ranks.rank]
-    sizes = torch.tensor([len(token) for token in tokenizer.tokens] + [0] * len(tokenizer.marker), device=ranks.device)
-    nll, counts, text_bytes = (torch.zeros(size, device=ranks.device, dtype=torch.float64) for size in (3, 3, 1))
-    for start in range(0, len(rows), batch_rows):
-        batch = collate(rows[start:start + batch_rows], config.row_tokens).to(ranks.device)
-        each = -model(batch.ids, batch.targets, batch.document)
-        for i, kind in enumerate((LATENT, TEXT, MARKER)):
-            nll[i] += each[batch.kinds == kind].sum()
-            counts[i] += (batch.kinds == kind).sum()
-        text_bytes += sizes[batch.targets[batch.kinds == TEXT]].sum()
+    rows = epoch_rows(documents, Layout(tokenizer), config.recipe)
+    mine = (row for number, (row, _) in enumerate(rows) if number % ranks.world == ranks.rank)
+    sizes = torch.tensor([len(token) for token in tokenizer.tokens] + [0] * len(tokenizer.marker))
+    sums = torch.zeros(7, device=ranks.device)      # nll and count of latent, text and marker targets; bytes of text
+    while rows_of_batch := list(itertools.islice(mine, batch_rows)):
+        batch = collate(rows_of_batch, config.row_tokens)
+        there = batch.to(ranks.device)
+        nll = -model(there.ids, there.targets, there.document)
+        kinds = [there.kinds == kind for kind in (LATENT, TEXT, MARKER)]
+        text_bytes = sizes[batch.targets[batch.kinds == TEXT]].sum().to(ranks.device)
+        sums += torch.stack([(nll * kind).sum() for kind in kinds] + [kind.sum() for kind in kinds] + [text_bytes])
     if ranks.world > 1:
-        for sums in (nll, counts, text_bytes):
-            dist.all_reduce(sums)
+        dist.all_reduce(sums)
+    nll, counts, (text_bytes,) = sums.cpu().double().tensor_split([3, 6])
     per_kind = {f"val_nll_{name}": (nll[i] / counts[i]).item() for i, name in enumerate(("latent", "text", "marker")) if counts[i]}
-    bits = {"val_bits_per_byte": (nll[1] / text_bytes[0]).item() / math.log(2)} if text_bytes[0] else {}
-    return {"val_loss": (nll.sum() / counts.sum().clamp(min=1)).item()} | per_kind | bits
-
-
-def direct_nll(model: GPT, layout: Layout, documents: list[Document], no_thought: bool, batch_tokens: int = 16384) -> float:
-    """-log p(x | C) without a thought, in nats per observed token of the documents; `no_thought` marks x with SOL EOL."""
-    places = observed_places(documents)
-    log_p = score_sequences(model, [layout.direct(d, c, no_thought) for d, c in places], batch_tokens)
-    return -log_p.sum().item() / sum(len(d.chunks[c].suffix) for d, c in places)
+    bits = {"val_bits_per_byte": (nll[1] / text_bytes).item() / math.log(2)} if text_bytes else {}
+    return {"val_loss": (nll.sum() / counts.sum()).item()} | per_kind | bits if counts.any() else {}
 
 
 # ---- log -------------------------------------------------------------------------------------------------------
@@ -296,7 +290,7 @@ class Meter:
         self.clear()
 
     def clear(self) -> None:
-        self.nll, self.counts, self.steps = torch.zeros(3, device=self.ranks.device), torch.zeros(3), []
+        self.nll, self.counts, self.per_step = torch.zeros(3, device=self.ranks.device), torch.zeros(3), []
         self.tokens, self.since, self.waited = 0, time.perf_counter(), 0.0
 
     def next(self, batches: Iterator[StepBatch]) -> StepBatch:
@@ -309,46 +303,49 @@ class Meter:
     def add(self, batch: StepBatch, sums: Tensor, norm: Tensor) -> None:
         self.nll += sums
         self.counts += torch.tensor([batch.num_latent, batch.num_observed, batch.num_targets])
-        self.steps.append(torch.stack([sums[2], norm]))
+        self.per_step.append(torch.stack([sums[2], norm]))
         self.tokens += batch.num_tokens
 
     def record(self, step: int) -> dict:
-        """The figures since the last record, the nll over all ranks, as they go to metrics.jsonl. Raises ValueError where the loss
-        or the gradient is not finite."""
+        """The figures since the last record, the nll over all ranks. Raises ValueError where loss or gradient is not finite."""
         if self.ranks.world > 1:
             dist.all_reduce(self.nll)
+        self.check_finite(step, torch.stack(self.per_step).cpu())
         latent, text, loss = (self.nll.cpu() / self.counts.clamp(min=1)).tolist()
-        steps, seconds = torch.stack(self.steps).cpu(), time.perf_counter() - self.since
-        self.check_finite(step, loss, steps)
-        speed = self.tokens / seconds
-        mfu = {"mfu": speed * self.flops / self.peak_flops / self.ranks.world} if self.peak_flops else {}
-        record = {"step": step, "loss": loss, "nll_latent": latent, "nll_text": text, "grad_norm": steps[-1, 1].item(),
-                  "learning_rate": self.config.learning_rate * schedule(step - 1, self.config), "tokens_per_second": speed, **mfu,
-                  "waiting_for_data": self.waited / seconds, "memory_gib": peak_memory(self.ranks.device) / 2 ** 30,
-                  "seconds_left": (self.config.steps - step) * seconds / len(steps)}
+        seconds, config = time.perf_counter() - self.since, self.config
+        speed, (num_latent, num_text, _) = self.tokens / seconds, self.counts.tolist()
+        record = {"step": step, "loss": loss}
+        record |= {"nll_text": text} if num_text else {}
+        record |= {"nll_latent": latent} if num_latent else {}
+        record |= {"grad_norm": self.per_step[-1][1].item(), "learning_rate": config.learning_rate * schedule(step - 1, config),
+                   "tokens_per_second": speed}
+        record |= {"mfu": speed * self.flops / self.peak_flops / self.ranks.world} if self.peak_flops else {}
+        record |= {"waiting_for_data": self.waited / seconds, "memory_gib": peak_memory(self.ranks.device) / 2 ** 30,
+                   "seconds_left": (config.steps - step) * seconds / len(self.per_step)}
         self.clear()
-        if self.ranks.main:
-            append_metrics(self.folder, record)
         return record
 
-    def check_finite(self, step: int, loss: float, steps: Tensor) -> None:
-        bad = (~steps.isfinite()).any(dim=-1).nonzero()
-        if math.isfinite(loss) and not len(bad):
+    def check_finite(self, step: int, per_step: Tensor) -> None:
+        """per_step (steps, 2): this rank's sum of nll, and the norm of the gradient, which is that of all ranks."""
+        bad = (~per_step.isfinite()).nonzero()
+        if not len(bad) and self.nll.isfinite().all():
             return
-        first = step - len(steps) + 1 + int(bad[0]) if len(bad) else step
-        where = f"step {first}, rank {self.ranks.rank if len(bad) else 'other than ' + str(self.ranks.rank)}"
+        first, is_norm = bad[0].tolist() if len(bad) else (len(per_step) - 1, 1)
+        where = f"step {step - len(per_step) + 1 + first}" + ("" if is_norm else f", rank {self.ranks.rank}")
         kept = os.path.join(self.folder, "ckpt.pt")
         kept = f"the last good checkpoint is {kept}" if os.path.exists(kept) else "no checkpoint was written yet"
         raise ValueError(f"loss or gradient is not a number at {where}; {kept}; lower --learning_rate, with another --out")
 
 
+LINE = {"loss": "loss {:.3f}", "nll_text": "text {:.3f}", "nll_latent": "latent {:.3f} nats/token", "grad_norm": "grad {:.2f}",
+        "learning_rate": "lr {:.1e}", "tokens_per_second": "{:,.0f} tok/s", "mfu": "mfu {:.1%}", "waiting_for_data": "data {:.0%}",
+        "memory_gib": "{:.1f} GiB"}
+
+
 def line_of(record: dict, steps: int) -> str:
     """A record for people."""
-    left = datetime.timedelta(seconds=round(record["seconds_left"]))
-    mfu = f"  mfu {record['mfu']:.1%}" if "mfu" in record else ""
-    return (f"step {record['step']}/{steps}  loss {record['loss']:.3f}  nats/token: text {record['nll_text']:.3f}, latent "
-            f"{record['nll_latent']:.3f}  grad {record['grad_norm']:.2f}  lr {record['learning_rate']:.1e}  "
-            f"{record['tokens_per_second']:,.0f} tok/s{mfu}  {record['memory_gib']:.1f} GiB  {left} left")
+    figures = [form.format(record[name]) for name, form in LINE.items() if name in record]
+    return "  ".join([f"step {record['step']}/{steps}", *figures, f"{datetime.timedelta(seconds=round(record['seconds_left']))} left"])
 
 
 # ---- train -----------------------------------------------------------------------------------------------------
@@ -366,10 +363,11 @@ def train(model: GPT, tokenizer: Tokenizer, documents, config: TrainConfig, fold
     optimizers, state = make_optimizers(model, config, device), TrainState()
     if os.path.exists(path):
         state = resume(path, model, optimizers, tokenizer)
+    check_same_step(state.step, folder, ranks)
     trim_metrics(folder, state.step, ranks)
     state.dtype = state.dtype or choose_dtype(config, model.config.width, ranks)
     forward = torch.compile(model) if config.compile == "on" or config.compile == "auto" and device.type == "cuda" else model
-    forward = DistributedDataParallel(forward) if ranks.world > 1 else forward
+    forward = DistributedDataParallel(forward, broadcast_buffers=False) if ranks.world > 1 else forward
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=state.dtype == "bfloat16")
     batches = training_batches(documents, Layout(tokenizer), config.recipe, Position(*state.position), ranks)
     meter = Meter(model, config, folder, ranks, state.dtype)
@@ -380,12 +378,14 @@ def train(model: GPT, tokenizer: Tokenizer, documents, config: TrainConfig, fold
         sums, norm = train_step(model, forward, optimizers, batch, state.step - 1, config, ranks, autocast)
         state.count(batch)
         meter.add(batch, sums, norm)
-        at_end = state.step % config.checkpoint_every == 0 or state.step == config.steps
-        if at_end or state.step % config.log_every == 0:
+        at_save = state.step % config.checkpoint_every == 0 or state.step == config.steps
+        if at_save or state.step % config.log_every == 0:
             record = meter.record(state.step)
             bar.set_postfix_str(f"loss {record['loss']:.3f}")
+            if ranks.main:
+                append_metrics(folder, record)
             at_record(record)
-        if at_end:
+        if at_save:
             at_checkpoint(state)
             save(path, model, optimizers, tokenizer, state, config, ranks)
             meter.clear()
@@ -402,16 +402,26 @@ def save(path: str, model: GPT, optimizers, tokenizer: Tokenizer, state: TrainSt
 
 def resume(path: str, model: GPT, optimizers, tokenizer: Tokenizer) -> TrainState:
     """Put a checkpoint's weights into the model and the optimizers, and return how far it was."""
-    saved, state = load_checkpoint(path, model.embedding.weight.device)
-    if saved.config != model.config:
-        raise ValueError(f"{path} is of another model ({saved.config}); give another --out")
-    if state["tokenizer"] != tokenizer.state():
+    saved = read_checkpoint(path)
+    if saved["model_config"] != model.config:
+        raise ValueError(f"{path} is of another model ({saved['model_config']}); give another --out")
+    if saved["tokenizer"] != tokenizer.state():
         raise ValueError(f"{path} is of another vocabulary; give another --out")
-    model.load_state_dict(saved.state_dict())
-    for optimizer, saved_optimizer in zip(optimizers, state["optimizers"], strict=True):
+    model.load_state_dict(saved["model"])
+    for optimizer, saved_optimizer in zip(optimizers, saved["optimizers"], strict=True):
         optimizer.load_state_dict(saved_optimizer)
-    torch.set_rng_state(state["random"])
-    return TrainState(**state["state"])
+    torch.set_rng_state(saved["random"])
+    return TrainState(**saved["state"])
+
+
+def check_same_step(step: int, folder: str, ranks: Ranks) -> None:
+    """Raise ValueError where the processes found different checkpoints, as on several nodes that do not share a disk."""
+    if ranks.world > 1:
+        lowest, highest = (torch.tensor(float(step), device=ranks.device) for _ in range(2))
+        dist.all_reduce(lowest, dist.ReduceOp.MIN)
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        if lowest != highest:
+            raise ValueError(f"{folder} is at step {lowest:.0f} on one node and at {highest:.0f} on another; put --out on a shared disk")
 
 
 # ---- main ------------------------------------------------------------------------------------------------------
@@ -419,7 +429,7 @@ def resume(path: str, model: GPT, optimizers, tokenizer: Tokenizer) -> TrainStat
 @dataclass(frozen=True)
 class MainConfig(TrainConfig):
     data: str = option("data/alchemy/gold.jsonl", "corpus to train on, JSONL; the embedded one is made where it is missing")
-    held_out: str = option("data/alchemy/held_out.jsonl", "corpus to validate on at each checkpoint; empty: none")
+    held_out: str = option("auto", "corpus to validate on at each checkpoint; auto: held_out.jsonl beside --data, if there; empty: none")
     encoding: str = option("words", "tokens of the text: words, or an encoding of tiktoken such as gpt2")
     init_from: str = option("", "run folder or checkpoint whose weights, shape and vocabulary to start from; empty: fresh ones")
     out: str = option("runs/train", "run folder: config.json, metrics.jsonl, ckpt.pt")
@@ -431,55 +441,58 @@ class MainConfig(TrainConfig):
             raise ValueError("--init_from brings the shape of its model along; leave --model.* out")
 
 
-def open_corpora(config: MainConfig) -> tuple[GPT, Tokenizer, list[TokenizedCorpus]]:
-    """The model and the tokenizer of --init_from, or a fresh model with the vocabulary of the corpora; and these, tokenised.
+def open_sources(config: MainConfig) -> list[Source]:
+    """The corpus to train on, and the one to validate on where there is one."""
+    if config.data == MainConfig().data and not os.path.exists(config.data):
+        make_embedded(Path(config.data).parent)
+    beside = str(Path(config.data).with_name("held_out.jsonl"))
+    held_out = (beside if os.path.exists(beside) else "") if config.held_out == "auto" else config.held_out
+    return [survey_source(path) for path in (config.data, held_out) if path]
+
+
+def open_model(config: MainConfig, sources: list[Source]) -> tuple[GPT, Tokenizer]:
+    """The model and the tokenizer of --init_from, or a fresh model with the vocabulary of the corpora.
 
     Latents drawn by a model are ids of its vocabulary: to train on them, start from its checkpoint or one of its family.
     """
-    if Path(config.data).parent == Path(MainConfig().data).parent and not os.path.exists(config.data):
-        make_embedded(Path(config.data).parent)
-    sources = [survey_source(path) for path in (config.data, config.held_out) if path]
     if config.init_from:
-        is_run = os.path.isdir(config.init_from)
-        model, state = load_checkpoint(os.path.join(config.init_from, "ckpt.pt") if is_run else config.init_from)
-        tokenizer = Tokenizer(**state["tokenizer"])
-    else:
-        tokens = set().union(*(vocabulary(source, config.encoding) for source in sources))
-        tokenizer = Tokenizer(config.encoding, tuple(sorted(tokens)))
-        model = GPT(replace(config.model, vocab_size=tokenizer.vocab_size), config.seed)
-    return model, tokenizer, [TokenizedCorpus(source, tokenizer) for source in sources]
+        model, state = load_checkpoint(checkpoint_of(config.init_from))
+        return model, Tokenizer(**state["tokenizer"])
+    tokens = set().union(*(vocabulary(source, config.encoding) for source in sources))
+    tokenizer = Tokenizer(config.encoding, tuple(sorted(tokens)))
+    return GPT(replace(config.model, vocab_size=tokenizer.vocab_size), config.seed), tokenizer
 
 
-def report_direct(model: GPT, tokenizer: Tokenizer, held_out: TokenizedCorpus, ranks: Ranks) -> None:
-    """Say how well the text of held-out documents is predicted without a thought."""
-    for no_thought, name in ((False, "raw"), (True, "no-thought")):
-        nll = direct_nll(model, Layout(tokenizer), list(held_out), no_thought)
-        ranks.say(f"held-out {name} nll: {nll:.3f} nats per observed token")
+def checkpoint_of(run: str) -> str:
+    return os.path.join(run, "ckpt.pt") if os.path.isdir(run) else run
 
 
 def main(argv=None) -> None:
     config = parse_config(MainConfig(), argv, __doc__)
     ranks = start_ranks(config.device)
+    if not config.init_from:
+        check_rows(config, config.model.context, ranks)
     with main_first(ranks):
-        model, tokenizer, (documents, *held_out) = open_corpora(config)
-    check_rows(config, model.config.context, ranks)
+        sources = open_sources(config)
+        model, tokenizer = open_model(config, sources)
+        check_rows(config, model.config.context, ranks)
+        documents, *held_out = [TokenizedCorpus(source, tokenizer) for source in sources]
     model.to(ranks.device)
-    open_run(config.out, config, ranks)
+    open_run(config.out, config, ranks, data_sha256=" ".join(source.digest[:16] for source in sources),
+             init_sha256=sha256_of(checkpoint_of(config.init_from))[:16] if config.init_from else "")
     ranks.say(f"training {model.num_parameters():,} parameters on {len(documents):,} documents of {config.data}, {ranks.world} "
-              f"process(es) on {ranks.device}")
+              f"process(es) on {ranks.device}, in {choose_dtype(config, model.config.width, ranks)}")
 
     def at_checkpoint(state: TrainState) -> None:
         for part in held_out:
             record = validate(model, tokenizer, part, config, ranks)
-            ranks.say("  held-out: " + ", ".join(f"{name[4:]} {value:.3f}" for name, value in record.items()))
+            ranks.say("  held-out: " + (", ".join(f"{name[4:]} {value:.3f}" for name, value in record.items()) or "nothing to predict"))
             if ranks.main:
                 append_metrics(config.out, {"step": state.step, **record})
 
     state = train(model, tokenizer, documents, config, config.out, ranks, at_checkpoint=at_checkpoint,
                   at_record=lambda record: ranks.say(line_of(record, config.steps)))
     ranks.say(f"{config.out}/ckpt.pt: {state.step} steps in {state.dtype}, {state.tokens:,} tokens, {state.observed_tokens:,} observed")
-    for part in held_out:
-        report_direct(model, tokenizer, part, ranks)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """A corpus tokenised once, by all cores, into compact files beside it, from which documents are read one at a time.
 
-    CORPUS.jsonl.tokens/CONTENT.ENCODING.vocabulary         the tokens that occur
-    CORPUS.jsonl.tokens/CONTENT.VOCABULARY.documents        the documents, one after the other, as `to_bytes` writes them
-    CORPUS.jsonl.tokens/CONTENT.VOCABULARY.starts.npy       where each of them starts, and the end
+    CORPUS.jsonl.tokens/CONTENT.CODE.ENCODING.vocabulary         the tokens that occur
+    CORPUS.jsonl.tokens/CONTENT.CODE.VOCABULARY.documents        the documents, one after the other, as `to_bytes` writes them
+    CORPUS.jsonl.tokens/CONTENT.CODE.VOCABULARY.starts.npy       where each of them starts, and the end
 
-CONTENT and VOCABULARY are hashes: a changed corpus or another tokenizer never meets old files, and all of them may be
-deleted at any time. Memory does not grow with the corpus, but for eight bytes a document.
+CONTENT, CODE and VOCABULARY are hashes: a changed corpus, chunker or tokenizer never meets old files, and all of them may
+be deleted at any time. Memory does not grow with the corpus, but for eight bytes a document.
 """
 import hashlib
 import itertools
@@ -22,10 +22,11 @@ import numpy as np
 from tqdm import tqdm
 
 from data.corpus import Chunk, Document, check_record, naming_the_line, numbered_lines, read_document, texts_of
-from data.run import write_whole
+from data.run import whole_file, write_whole
 from data.tokens import Tokenizer, tokens_of
 
 PART_BYTES = 2 ** 23        # of a corpus that a core tokenises at a time
+CODE = hashlib.sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in ("cache.py", "corpus.py", "tokens.py")))
 
 
 # ---- parts of a corpus -----------------------------------------------------------------------------------------
@@ -46,7 +47,7 @@ class Source:
     parts: list[Part]
 
     def file(self, name: str) -> Path:
-        return Path(f"{self.path}.tokens") / f"{self.digest}.{name}"
+        return Path(f"{self.path}.tokens") / f"{self.digest[:16]}.{CODE.hexdigest()[:8]}.{name}"
 
 
 def survey_source(path: str) -> Source:
@@ -59,7 +60,7 @@ def survey_source(path: str) -> Source:
             digest.update(content)
             parts.append(Part(offset, first, len(lines)))
             offset, first = offset + len(content), first + len(lines)
-    return Source(path, digest.hexdigest()[:16], parts)
+    return Source(path, digest.hexdigest(), parts)
 
 
 def lines_of(path: str, part: Part) -> Iterator[tuple[int, bytes]]:
@@ -73,7 +74,7 @@ def on_all_cores(job: Callable, parts: list[Part], title: str) -> Iterator:
     if len(parts) == 1:
         yield job(parts[0])
         return
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(len(parts), os.cpu_count()), multiprocessing.get_context("spawn")) as pool:
         yield from tqdm(pool.map(job, parts), desc=title, total=len(parts), unit="part", leave=False)
 
 
@@ -91,8 +92,10 @@ def vocabulary(source: Source, encoding: str) -> set[bytes]:
     """The tokens that occur in a corpus."""
     file = source.file(f"{encoding}.vocabulary")
     if not file.exists():
-        parts = on_all_cores(partial(tokens_of_part, path=source.path, encoding=encoding), source.parts, "vocabulary")
-        write_whole(file, json.dumps(sorted(token.decode("latin-1") for token in set().union(*parts))))
+        tokens: set[bytes] = set()
+        for part in on_all_cores(partial(tokens_of_part, path=source.path, encoding=encoding), source.parts, "vocabulary"):
+            tokens |= part
+        write_whole(file, json.dumps(sorted(token.decode("latin-1") for token in tokens)))
     return {token.encode("latin-1") for token in json.loads(file.read_text(encoding="utf-8"))}
 
 
@@ -151,14 +154,12 @@ class TokenizedCorpus:
         job = partial(tokenize_part, path=source.path, tokenizer=tokenizer, id_type=self.id_type)
         documents.parent.mkdir(exist_ok=True)
         sizes = [np.zeros(1, np.int64)]
-        with open(f"{documents}.tmp", "wb") as file:
+        with whole_file(documents) as file:
             for records in on_all_cores(job, source.parts, "tokens"):
                 sizes.append(np.array([len(record) for record in records]))
                 file.write(b"".join(records))
-        os.replace(f"{documents}.tmp", documents)
-        with open(f"{starts}.tmp", "wb") as file:
+        with whole_file(starts) as file:
             np.save(file, np.cumsum(np.concatenate(sizes)))
-        os.replace(f"{starts}.tmp", starts)
 
     def __len__(self) -> int:
         return len(self.starts) - 1

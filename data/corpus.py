@@ -8,6 +8,7 @@ file; one with {"text", "latent"}, a rewriting of the whole, is one chunk. What 
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -59,16 +60,21 @@ def encode_document(index: int, record: dict, tokenizer: Tokenizer) -> Document:
     for piece in record["chunks"]:
         latent, ids = piece.get("latent"), None
         if latent is not None:
-            ids = checked_ids(piece, tokenizer) if piece.get("latent_ids") is not None else tokenizer.encode(latent)
+            ids = ids_of(piece, tokenizer)
         draws = piece.get("draws", []) if latent is not None else []
         chunks.append(Chunk(tokenizer.encode(piece["suffix"]), ids, piece.get("given", False),
-                            [checked_ids(draw, tokenizer) for draw in draws], [draw["weight"] for draw in draws]))
+                            [ids_of(draw, tokenizer) for draw in draws], [draw["weight"] for draw in draws]))
     return Document(index, chunks, record)
 
 
-def checked_ids(drawn: dict, tokenizer: Tokenizer) -> list[int]:
-    """The ids of a thought that was drawn. Raises ValueError where in this vocabulary they are not those of its text."""
-    ids, latent = drawn["latent_ids"], drawn["latent"]
+def ids_of(thought: dict, tokenizer: Tokenizer) -> list[int]:
+    """The ids of a thought: those that were drawn, where it has them, else its text encoded.
+
+    Raises ValueError where in this vocabulary the drawn ids are not those of the text.
+    """
+    ids, latent = thought.get("latent_ids"), thought["latent"]
+    if ids is None:
+        return tokenizer.encode(latent)
     if max(ids, default=0) >= tokenizer.vocab_size or tokenizer.decode(ids) != latent:
         raise ValueError(f"the latent_ids of {latent[:40]!r} are of another vocabulary; use the checkpoint that drew them "
                          "(train.py --init_from CKPT), or draw anew (sample_latents.py --redraw true)")
@@ -161,6 +167,10 @@ def check_record(record: dict) -> dict:
     if not isinstance(chunks, list) or not all(isinstance(c, dict) and isinstance(c.get("suffix"), str)
                and isinstance(c.get("latent"), str | None) for c in chunks):
         raise ValueError('each chunk needs a "suffix", and its "latent" is a text or null')
+    for draws in (chunk["draws"] for chunk in chunks if chunk.get("draws") and chunk.get("latent") is not None):
+        if not all(isinstance(d, dict) and isinstance(d.get("latent"), str) and isinstance(d.get("weight"), float | int)
+                   and 0 <= d["weight"] < math.inf for d in draws) or not sum(d["weight"] for d in draws):
+            raise ValueError('each of the "draws" needs a "latent" and a "weight", at least 0 and not all 0')
     if "".join(chunk["suffix"] for chunk in chunks) != record["text"]:
         raise ValueError('the suffixes of the chunks do not add up to "text"')
     return record

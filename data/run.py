@@ -189,9 +189,11 @@ def main_first(ranks: Ranks):
     """What the main rank makes in here the others find when their turn comes."""
     if not ranks.main:
         ranks.barrier()
-    yield
-    if ranks.main:
-        ranks.barrier()
+    try:
+        yield
+    finally:
+        if ranks.main:
+            ranks.barrier()
 
 
 def peak_memory(device: torch.device) -> int:
@@ -226,13 +228,20 @@ def start_ranks(device: str = "auto") -> Ranks:
 
 # ---- files -----------------------------------------------------------------------------------------------------
 
-def write_whole(path, text: str) -> None:
-    """Write a text file whole or not at all: to a temporary name, then rename."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+@contextlib.contextmanager
+def whole_file(path):
+    """A file to write bytes to that appears whole or not at all: under a name of this process's own, then renamed."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    with open(temporary, "wb") as file:
+        yield file
     os.replace(temporary, path)
+
+
+def write_whole(path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file:
+        file.write(text.encode())
 
 
 def write_jsonl(path, records) -> None:
@@ -241,11 +250,10 @@ def write_jsonl(path, records) -> None:
 
 def join_files(paths, out) -> None:
     """One file after the other, whole or not at all."""
-    with open(f"{out}.tmp", "wb") as file:
+    with whole_file(out) as file:
         for path in paths:
             with open(path, "rb") as part:
                 shutil.copyfileobj(part, file)
-    os.replace(f"{out}.tmp", out)
 
 
 def append_metrics(folder, record: dict) -> None:
@@ -262,6 +270,11 @@ def trim_metrics(folder, step: int, ranks: Ranks) -> None:
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         if len(kept) < len(lines):
             write_whole(path, "".join(kept))
+
+
+def sha256_of(path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 HOW_ONLY = ("device", "processes", "arms")     # settings that say where and how much is computed, not what comes out

@@ -51,23 +51,30 @@ def test_a_tokenised_corpus_has_the_documents_of_its_file(corpus, records, monke
     assert tokenized[7] == expected[7]
 
 
-def test_it_is_made_once_and_anew_where_corpus_or_vocabulary_change(corpus, records, monkeypatch):
+def test_it_is_made_once_and_anew_where_anything_changes(corpus, records, monkeypatch):
+    """The corpus, the vocabulary, or the code that splits and encodes."""
     tokenizer = wide(records)
     TokenizedCorpus(survey_source(corpus), tokenizer)
     monkeypatch.setattr(cache, "tokenize_part", None)           # nobody may tokenise
     assert len(TokenizedCorpus(survey_source(corpus), tokenizer)) == len(records)
-    for changed in (lambda: open(corpus, "a").write(json.dumps(RECORDS[2]) + "\n"), lambda: None):
-        changed()
-        with pytest.raises(TypeError):
-            TokenizedCorpus(survey_source(corpus), tokenizer_for(["z", *tokenizer.decode(range(9))], "words"))
+    with pytest.raises(TypeError):
+        TokenizedCorpus(survey_source(corpus), tokenizer_for(["z"], "words"))
+    monkeypatch.setattr(cache, "CODE", cache.hashlib.sha256(b"other"))
+    with pytest.raises(TypeError):
+        TokenizedCorpus(survey_source(corpus), tokenizer)
+    monkeypatch.undo()
+    with open(corpus, "a") as file:
+        file.write(json.dumps(RECORDS[2]) + "\n")
+    assert len(TokenizedCorpus(survey_source(corpus), tokenizer)) == len(records) + 1
 
 
-def test_a_killed_tokenisation_leaves_nothing_behind_that_counts(corpus, records, monkeypatch):
-    source, replaced = survey_source(corpus), []
-    monkeypatch.setattr(os, "replace", lambda *paths: replaced.append(paths))       # killed before the first rename
+def test_what_a_killed_or_a_second_process_left_does_not_count(corpus, records, monkeypatch):
+    source = survey_source(corpus)
+    monkeypatch.setattr(os, "replace", lambda *paths: None)       # killed before the first rename
     with pytest.raises(FileNotFoundError):
         TokenizedCorpus(source, wide(records))
     monkeypatch.undo()
+    monkeypatch.setattr(os, "getpid", lambda: 1)                    # another process
     assert list(TokenizedCorpus(source, wide(records))) == encode_corpus(records, wide(records))
 
 

@@ -61,6 +61,18 @@ def test_a_latent_of_a_whole_document_makes_it_one_chunk():
     assert spell(layout, layout.latents(document).ids) == f"{BOS} d e{EOS}"
 
 
+def test_weighted_latents_need_no_ids(tokenizer):
+    """Their text is encoded; weights that cannot be drawn by are refused."""
+    def document(*weights):
+        draws = [{"latent": latent, "weight": weight} for latent, weight in zip((" d", " e"), weights)]
+        return check_record({"text": "a", "chunks": [{"suffix": "a", "latent": " d", "draws": draws}]})
+    chunk = encode_document(0, document(0.25, 0.75), tokenizer).chunks[0]
+    assert chunk.draws == [tokenizer.encode(" d"), tokenizer.encode(" e")] and chunk.weights == [0.25, 0.75]
+    for weights in ((0.0, 0.0), (-1.0, 2.0), (None, 1.0), (float("inf"), 1.0)):
+        with pytest.raises(ValueError, match="weight"):
+            document(*weights)
+
+
 def test_an_empty_latent_is_a_latent(layout, documents):
     assert spell(layout, layout.document(documents[3], [True, True]).ids) == f"{BOS}a e b{SOL}{PRIOR}{EOL} c c{EOS}"
 

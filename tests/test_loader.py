@@ -8,8 +8,8 @@ import torch
 from data.alchemy import prepare
 from data.corpus import Chunk, Document, encode_corpus, read_corpus, texts_of
 from data.layout import GIVEN, LATENT, TEXT, Layout, Sequence
-from data.loader import (GROUP, Position, Recipe, collate, deal, lay_out, length_batches, pack, packed_rows, score_sequences,
-                         training_batches, training_rows, windows)
+from data.loader import (GROUP, Position, Recipe, collate, deal, epoch_rows, lay_out, length_batches, pack, packed_rows, score_sequences,
+                         training_batches, windows)
 from data.run import Ranks
 from data.tokens import BOS, EOS, POST, PRIOR, tokenizer_for
 from tests.conftest import random_model
@@ -37,7 +37,8 @@ def test_packing_then_unpacking_gives_the_sequences_back():
 
 
 def test_each_thing_goes_into_the_fullest_row_with_room_for_it():
-    assert pack([3, 6, 5, 10, 2, 1, 3], row_tokens=10) == [[0, 1, 5], [2, 4, 6], [3]]
+    """Those over a quarter of a row first, by length; the small ones in their order."""
+    assert pack([1, 3, 6, 2, 5, 10, 2, 1], row_tokens=10) == [[5], [2, 1, 0], [4, 3, 6, 7]]
 
 
 def test_packing_wastes_less_than_a_twentieth_of_the_embedded_corpus(tmp_path):
@@ -63,8 +64,7 @@ def test_given_tokens_are_no_targets(alone):
 
 def epoch_of(documents, layout, recipe, epoch=0):
     """The rows of one epoch."""
-    rows = training_rows(documents, layout, recipe, Position(epoch))
-    return [row for row, _ in itertools.takewhile(lambda pair: pair[1].epoch == epoch, rows)]
+    return [row for row, _ in epoch_rows(documents, layout, recipe, Position(epoch))]
 
 
 def ids_of(rows):

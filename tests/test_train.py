@@ -20,8 +20,8 @@ from data.run import Ranks
 from data.tokens import Tokenizer, tokenizer_for
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from tests.conftest import RECORDS, random_model
-from train import (Muon, TrainConfig, backward, choose_dtype, direct_nll, has_fast_bfloat16, main, make_optimizers,
-                   nearest_orthogonal, schedule, train, validate)
+from train import (Muon, TrainConfig, backward, choose_dtype, has_fast_bfloat16, main, make_optimizers, nearest_orthogonal,
+                   schedule, train, validate)
 
 SMALL = TrainConfig(steps=12, batch_tokens=64, row_tokens=16, checkpoint_every=5,
                     model=GPTConfig(context=32, width=16, ffn=24, heads=2, kv_heads=2))
@@ -117,9 +117,8 @@ def weights(model):
 def test_training_overfits_a_few_documents(tokenizer, layout, documents, alone, tmp_path):
     config = replace(SMALL, steps=150, learning_rate=1e-2)
     model = fresh(tokenizer)
-    before = direct_nll(model, layout, documents, no_thought=False)
     train(model, tokenizer, documents, config, str(tmp_path), alone)
-    assert direct_nll(model, layout, documents[2:3], no_thought=False) < 0.5 * before
+    assert validate(model, tokenizer, documents[2:3], config, alone)["val_nll_text"] < 1.0
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 150 and last["loss"] < 1.0
 
@@ -247,13 +246,21 @@ def test_training_on_drawn_latents_uses_exactly_the_sampled_ids(layout, alone):
     assert batch.mine.targets[0][batch.mine.kinds[0] == LATENT].tolist() == ids and batch.num_latent == 2
 
 
-def test_the_raw_layout_is_a_plain_language_model(tokenizer, layout, documents):
-    """direct_nll without markers is -log p of the text given BOS and what came before."""
+def test_the_raw_layout_is_a_plain_language_model(tokenizer, layout, documents, alone):
+    """Its nats are -log p of the text given BOS and what came before, thoughts or not."""
     model = random_model(tokenizer.vocab_size)
-    document = documents[2]
-    ids = torch.tensor([[layout.bos, *document.chunks[0].suffix]])
+    ids = torch.tensor([[layout.bos, *documents[1].chunks[0].suffix, *documents[1].chunks[1].suffix]])
     expected = -model(ids[:, :-1], ids[:, 1:]).mean().item()
-    assert direct_nll(model, layout, [document], no_thought=False) == pytest.approx(expected, rel=1e-5)
+    record = validate(model, tokenizer, documents[1:2], replace(SMALL, layout="raw"), alone)
+    assert record["val_nll_text"] == pytest.approx(expected, rel=1e-5) and "val_nll_latent" not in record
+
+
+def test_latent_only_needs_latents(tokenizer, documents, alone, tmp_path):
+    """A corpus without any is refused, not searched for ever; held-out documents without any give nothing."""
+    config = replace(SMALL, layout="latent_only")
+    with pytest.raises(ValueError, match="--layout latent_only"):
+        train(fresh(tokenizer), tokenizer, documents[2:3], config, str(tmp_path), alone)
+    assert validate(fresh(tokenizer), tokenizer, documents[2:3], config, alone) == {}
 
 
 @pytest.fixture
@@ -271,7 +278,7 @@ def flags(corpus, out, *more):
 def test_main_trains_and_says_where_the_checkpoint_is(corpus, tmp_path, capsys):
     main(flags(corpus, tmp_path / "run"))
     said = capsys.readouterr().out
-    assert f"{tmp_path}/run/ckpt.pt: 6 steps in float32" in said and "held-out no-thought nll" in said and "step 6/6  loss" in said
+    assert f"{tmp_path}/run/ckpt.pt: 6 steps in float32" in said and "step 6/6  loss" in said and "held-out: loss" in said
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert {"loss", "nll_latent", "nll_text", "tokens_per_second", "seconds_left"} <= set(records[0])
     assert {"step", "val_loss", "val_nll_text", "val_nll_latent", "val_bits_per_byte"} <= set(records[1])
@@ -303,6 +310,23 @@ def test_training_on_drawn_latents_starts_from_the_checkpoint_that_drew_them(cor
     main([*argv, "--init_from", str(tmp_path / "old.pt")])
     _, state = load_checkpoint(str(tmp_path / "run" / "ckpt.pt"))
     assert Tokenizer(**state["tokenizer"]) == tokenizer
+
+
+def test_a_run_does_not_go_on_with_other_data(corpus, tmp_path):
+    main(flags(corpus, tmp_path / "run"))
+    corpus.write_text(corpus.read_text() + json.dumps(RECORDS[0]) + "\n")
+    with pytest.raises(ValueError, match="other settings .data_sha256"):
+        main(flags(corpus, tmp_path / "run"))
+
+
+def test_a_held_out_corpus_beside_the_data_is_found(corpus, tmp_path, capsys):
+    argv = flags(corpus, tmp_path / "run")
+    argv = argv[:2] + argv[4:]
+    main(argv)
+    assert "held-out" not in capsys.readouterr().out
+    corpus.with_name("held_out.jsonl").write_text(json.dumps({"text": "b d"}) + "\n")
+    main([*argv[:2], "--out", str(tmp_path / "again"), *argv[4:]])
+    assert "held-out: loss" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -351,3 +375,5 @@ def test_the_embedded_corpus_is_made_where_it_is_missing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main(["--steps", "1", "--device", "cpu"])
     assert (tmp_path / "data" / "alchemy" / "gold.jsonl").exists() and (tmp_path / "runs" / "train" / "ckpt.pt").exists()
+    with pytest.raises(FileNotFoundError, match="godl.jsonl"):
+        main(["--data", "data/alchemy/godl.jsonl", "--out", "runs/other", "--device", "cpu"])
