@@ -261,17 +261,19 @@ def validate(model: GPT, tokenizer: Tokenizer, documents, config: TrainConfig, r
     rows = epoch_rows(documents, Layout(tokenizer), config.recipe)
     mine = (row for number, (row, _) in enumerate(rows) if number % ranks.world == ranks.rank)
     sizes = torch.tensor([len(token) for token in tokenizer.tokens] + [0] * len(tokenizer.marker))
-    sums = torch.zeros(7, device=ranks.device)      # nll and count of latent, text and marker targets; bytes of text
+    sums = torch.zeros(7, dtype=torch.float64)      # nll and count of latent, text and marker targets; bytes of text
     while rows_of_batch := list(itertools.islice(mine, batch_rows)):
         batch = collate(rows_of_batch, config.row_tokens)
         there = batch.to(ranks.device)
         nll = -model(there.ids, there.targets, there.document)
         kinds = [there.kinds == kind for kind in (LATENT, TEXT, MARKER)]
-        text_bytes = sizes[batch.targets[batch.kinds == TEXT]].sum().to(ranks.device)
-        sums += torch.stack([(nll * kind).sum() for kind in kinds] + [kind.sum() for kind in kinds] + [text_bytes])
+        sums[:6] += torch.stack([(nll * kind).sum() for kind in kinds] + [kind.sum() for kind in kinds]).cpu()
+        sums[6] += sizes[batch.targets[batch.kinds == TEXT]].sum()
     if ranks.world > 1:
-        dist.all_reduce(sums)
-    nll, counts, (text_bytes,) = sums.cpu().double().tensor_split([3, 6])
+        everywhere = sums.to(ranks.device)
+        dist.all_reduce(everywhere)
+        sums = everywhere.cpu()
+    nll, counts, (text_bytes,) = sums.tensor_split([3, 6])
     per_kind = {f"val_nll_{name}": (nll[i] / counts[i]).item() for i, name in enumerate(("latent", "text", "marker")) if counts[i]}
     bits = {"val_bits_per_byte": (nll[1] / text_bytes).item() / math.log(2)} if text_bytes else {}
     return {"val_loss": (nll.sum() / counts.sum()).item()} | per_kind | bits if counts.any() else {}
