@@ -5,7 +5,7 @@
         latents = e_step(model, raw)                     K thoughts a chunk from q(z | x, C), one kept by p(z, x | C) / q
         model   = train(latents, from=warm start)        fit p(z, x) and q(z | x) on text with the thoughts inserted
 
-    python bolt.py                                       the embedded corpus, every baseline, a table: about 5 minutes
+    python bolt.py                                       the embedded corpus, every baseline, a table: under 6 minutes
     python bolt.py --seed 1 --out runs/seed1             another table of reactions and other documents
     python bolt.py --arms em --rounds 3                  only what you name
     python bolt.py --data data/gsm8k --encoding gpt2     a prepared corpus: FOLDER/{gold,raw,held_out}.jsonl
