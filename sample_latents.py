@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from data.corpus import Document, naming_the_line, numbered_lines, read_document, stream_corpus
 from data.layout import Layout, Sequence
-from data.loader import length_batches, padded, summed_log_probs
+from data.loader import length_batches, padded
 from data.report import show_chunk, summarize
 from data.run import (Ranks, join_files, open_run, option, parse_config, random_stream, require_positive, script, sha256_of,
                       start_ranks, write_jsonl)
@@ -369,7 +369,7 @@ def score_after_prompts(model: GPT, prompts: list[list[int]], owners: list[int],
             branches.arrange(owner[part])
             T = batch.ids.shape[1]
             branches.place(torch.arange(T, device=device).expand(len(part), T), T, int(branches.starts.max()))
-            log_p[[places[i] for i in part]] = summed_log_probs(model, batch, branches).cpu()
+            log_p[[places[i] for i in part]] = model(batch.ids, batch.targets, cache=branches).sum(dim=-1).cpu()
     return log_p
 
 

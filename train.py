@@ -33,7 +33,7 @@ from data.layout import LATENT, MARKER, TEXT, Layout
 from data.loader import Position, Recipe, StepBatch, collate, epoch_rows, training_batches
 from data.run import (Ranks, append_metrics, main_first, open_run, option, parse_config, peak_memory, require_positive, script,
                       sha256_of, start_ranks, trim_metrics)
-from data.tokens import Tokenizer
+from data.tokens import Tokenizer, tokenizer_of
 from model import GPT, GPTConfig, load_checkpoint, read_checkpoint, save_checkpoint
 
 
@@ -461,7 +461,7 @@ def open_model(config: MainConfig, sources: list[Source]) -> tuple[GPT, Tokenize
         model, state = load_checkpoint(checkpoint_of(config.init_from))
         return model, Tokenizer(**state["tokenizer"])
     tokens = set().union(*(vocabulary(source, config.encoding) for source in sources))
-    tokenizer = Tokenizer(config.encoding, tuple(sorted(tokens)))
+    tokenizer = tokenizer_of(tokens, config.encoding)
     return GPT(replace(config.model, vocab_size=tokenizer.vocab_size), config.seed), tokenizer
 
 

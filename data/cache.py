@@ -21,7 +21,7 @@ from typing import Callable, Iterator
 import numpy as np
 from tqdm import tqdm
 
-from data.corpus import Chunk, Document, check_record, naming_the_line, numbered_lines, read_document, texts_of
+from data.corpus import Chunk, Document, numbered_lines, read_document, read_record, texts_of
 from data.run import whole_file, write_whole
 from data.tokens import Tokenizer, tokens_of
 
@@ -81,11 +81,8 @@ def on_all_cores(job: Callable, parts: list[Part], title: str) -> Iterator:
 # ---- vocabulary ------------------------------------------------------------------------------------------------
 
 def tokens_of_part(part: Part, path: str, encoding: str) -> set[bytes]:
-    tokens = set()
-    for number, line in lines_of(path, part):
-        with naming_the_line(path, number):
-            tokens |= tokens_of(texts_of([check_record(json.loads(line))], encoding), encoding)
-    return tokens
+    records = (read_record(path, number, line) for number, line in lines_of(path, part))
+    return tokens_of(texts_of(records, encoding), encoding)
 
 
 def vocabulary(source: Source, encoding: str) -> set[bytes]:

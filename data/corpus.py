@@ -90,13 +90,19 @@ def naming_the_line(path: str, number: int):
         raise ValueError(f"{path}:{number + 1}: {error}") from None
 
 
+def read_record(path: str, number: int, line: bytes) -> dict:
+    """A line of a corpus as a document of the data contract. Raises ValueError with file:line."""
+    with naming_the_line(path, number):
+        return check_record(json.loads(line))
+
+
 def read_document(path: str, number: int, line: bytes, tokenizer: Tokenizer, without_latents: bool = False) -> Document:
     """A line of a corpus, encoded. Raises ValueError with file:line."""
+    record = read_record(path, number, line)
+    if without_latents and record.get("chunks"):
+        dropped = ("latent", "latent_ids", "draws")
+        record["chunks"] = [{key: chunk[key] for key in chunk if key not in dropped} for chunk in record["chunks"]]
     with naming_the_line(path, number):
-        record = check_record(json.loads(line))
-        if without_latents and record.get("chunks"):
-            dropped = ("latent", "latent_ids", "draws")
-            record["chunks"] = [{key: chunk[key] for key in chunk if key not in dropped} for chunk in record["chunks"]]
         return encode_document(number, record, tokenizer)
 
 
@@ -135,9 +141,7 @@ def numbered_lines(path: str) -> Iterator[tuple[int, bytes]]:
 def stream_corpus(path: str) -> Iterator[dict]:
     """The documents of a corpus, one at a time. Raises FileNotFoundError, ValueError with file:line."""
     for number, line in numbered_lines(path):
-        with naming_the_line(path, number):
-            record = check_record(json.loads(line))
-        yield record
+        yield read_record(path, number, line)
 
 
 def read_corpus(path: str) -> list[dict]:

@@ -203,11 +203,6 @@ def padded(sequences: list[Sequence]) -> Batch:
     return collate([[sequence] for sequence in sequences], max(len(sequence.ids) for sequence in sequences) - 1)
 
 
-def summed_log_probs(model, batch: Batch, cache=None) -> Tensor:
-    """Sum of the log-probabilities of each row's targets, (R,) float32 nats."""
-    return model(batch.ids, batch.targets, cache=cache).sum(dim=-1)
-
-
 @torch.inference_mode()
 def score_sequences(model, sequences: list[Sequence], batch_tokens: int) -> Tensor:
     """The log-probability of the tokens of each sequence that are not given, (len(sequences),) float32 nats, on the CPU.
@@ -216,5 +211,6 @@ def score_sequences(model, sequences: list[Sequence], batch_tokens: int) -> Tens
     """
     device, log_p = next(model.parameters()).device, torch.zeros(len(sequences))
     for places in length_batches([len(sequence.ids) for sequence in sequences], batch_tokens):
-        log_p[places] = summed_log_probs(model, padded([sequences[i] for i in places]).to(device)).cpu()
+        batch = padded([sequences[i] for i in places]).to(device)
+        log_p[places] = model(batch.ids, batch.targets).sum(dim=-1).cpu()
     return log_p

@@ -77,6 +77,11 @@ def tokens_of(texts, encoding: str) -> set[bytes]:
     return {token for text in texts for token in split(text, encoding)}
 
 
+def tokenizer_of(tokens: set[bytes], encoding: str) -> Tokenizer:
+    """The tokenizer that knows just these tokens of an encoding."""
+    return Tokenizer(encoding, tuple(sorted(tokens)))
+
+
 def tokenizer_for(texts, encoding: str) -> Tokenizer:
     """The tokenizer of a corpus: the encoding, reduced to the tokens that occur in the texts."""
-    return Tokenizer(encoding, tuple(sorted(tokens_of(texts, encoding))))
+    return tokenizer_of(tokens_of(texts, encoding), encoding)

@@ -27,12 +27,11 @@ from data.cache import TokenizedCorpus, survey_source, vocabulary
 from data.layout import TEXT, Layout
 from data.loader import Batch, Position, Recipe, StepBatch, training_batches
 from data.run import Ranks, peak_memory, start_ranks
-from data.tokens import Tokenizer
+from data.tokens import tokenizer_of
 from model import GPT, GPTConfig
+from tests.bench_sample import SIZES
 from train import TrainConfig, make_optimizers, train_step
 
-SIZES = {"S": dict(layers=4, width=256, heads=4, kv_heads=4, ffn=688, vocab_size=512),
-         "M": dict(layers=12, width=768, heads=12, kv_heads=12, ffn=2048, vocab_size=50304)}
 ROWS = {"S": (16, 256), "M": (4, 512)}
 
 
@@ -106,7 +105,7 @@ def corpus(args, ranks: Ranks) -> dict:
             clock = time.perf_counter()
         source = survey_source(f"{folder}/large.jsonl")
         lap("survey")
-        tokenizer = Tokenizer("words", tuple(sorted(vocabulary(source, "words"))))
+        tokenizer = tokenizer_of(vocabulary(source, "words"), "words")
         lap("vocabulary")
         TokenizedCorpus(source, tokenizer)
         lap("tokenize")
