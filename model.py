@@ -90,12 +90,18 @@ class Branches:
     def __init__(self, prompts: Prompts):
         self.prompts = prompts
 
-    def arrange(self, prompt_of: np.ndarray) -> None:
-        """Say which prompt each row continues, (B,)."""
+    def arrange(self, prompt_of: np.ndarray, shape: tuple[int, int] | None = None) -> None:
+        """Say which prompt each row continues, (B,).
+
+        shape: (P, R) to keep to instead of the smallest, for all prompts at hand and up to R rows of each. (Rows beyond R
+        share a place with others of that prompt and come to nothing: idle rows do.)
+        """
         used, group, counts = np.unique(prompt_of, return_inverse=True, return_counts=True)
         number = np.empty_like(group)                                     # of a row among those of its prompt
         number[group.argsort(kind="stable")] = np.arange(len(group)) - np.repeat(counts.cumsum() - counts, counts)
-        device, self.shape = self.prompts.keys.device, (len(used), int(counts.max()))
+        if shape:
+            used, group, number = np.arange(shape[0]), prompt_of, number.clip(max=shape[1] - 1)
+        device, self.shape = self.prompts.keys.device, shape or (len(used), int(counts.max()))
         self.where = torch.from_numpy(group * self.shape[1] + number).to(device)
         self.used = slice(len(used)) if used[-1] == len(used) - 1 else torch.from_numpy(used).to(device)
         self.starts = self.prompts.lengths[torch.from_numpy(prompt_of).to(device)]
@@ -140,20 +146,22 @@ class Branches:
 
 
 class DecodingBranches(Branches):
-    """Branches that grow token by token: keys and values of their own slots are kept, (layer, row, kv head, slot, head dim).
-
-    Slots are read in steps of STEP: matrix products of a few entries take a slow path on CPUs, and shapes stay few.
-    """
-    STEP = 16
+    """Branches that grow token by token: keys and values of their own slots are kept, (layer, row, kv head, slot, head dim)."""
 
     def __init__(self, prompts: Prompts, rows: int, slots: int):
         super().__init__(prompts)
         layers, _, kv_heads, _, head_size = prompts.keys.shape
-        self.keys = prompts.keys.new_zeros(layers, rows, kv_heads, math.ceil(slots / self.STEP) * self.STEP, head_size)
+        self.keys = prompts.keys.new_zeros(layers, rows, kv_heads, slots, head_size)
         self.values = torch.zeros_like(self.keys)
+        self.kept_where, self.kept_starts = (torch.zeros(rows, dtype=torch.long, device=self.keys.device) for _ in range(2))
+
+    def arrange(self, prompt_of: np.ndarray, shape: tuple[int, int] | None = None) -> None:
+        """As of any branches, but always in the same memory, where a recorded step looks for it."""
+        super().arrange(prompt_of, shape)
+        self.where, self.starts = self.kept_where[:len(prompt_of)].copy_(self.where), self.kept_starts[:len(prompt_of)].copy_(self.starts)
 
     def place(self, slots: Tensor, own_slots: int, prompt_slots: int) -> None:
-        super().place(slots, math.ceil(own_slots / self.STEP) * self.STEP, prompt_slots)
+        super().place(slots, own_slots, prompt_slots)
         G, S = self.keys.shape[2:4]
         heads = torch.arange(len(slots) * G, device=slots.device).view(-1, G, 1)
         self.into = (heads * S + slots[:, None]).flatten()                # of (row, kv head, slot), for each new (B, G, T)

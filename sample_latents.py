@@ -19,6 +19,7 @@ import re
 import shutil
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Callable, Iterator, Literal
 
@@ -40,6 +41,7 @@ from model import GPT, Branches, DecodingBranches, Prompts, read_checkpoint, res
 
 PREFILL_TOKENS = 4096       # of the prompts that are prefilled together
 CHECK_EVERY = {"cpu": 1, "cuda": 8, "mps": 8}       # steps between looks at which draws have ended
+RECORDS = ("cuda",)         # devices that replay a recorded step
 
 # ---- config ----------------------------------------------------------------------------------------------------
 
@@ -55,6 +57,8 @@ class SampleConfig:
                                                 "training picks one afresh each epoch")
     redraw: bool = option(False, "draw anew for chunks that have a latent")
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "what the blocks compute in; auto: bfloat16 on CUDA")
+    compile: Literal["auto", "on", "off"] = option("auto", "auto: on CUDA the decode step is recorded as a CUDA graph; on: torch.compile comes "
+                                                           "first, minutes that only a long E-step pays back")
     seed: int = option(0, "of the draws and of the choice among them")
 
     def __post_init__(self):
@@ -140,31 +144,62 @@ def compaction(used: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.flatnonzero(~used[:count]), count + np.flatnonzero(used[count:])
 
 
+def decode_step(choose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], stop: Tensor,
+                model: GPT, branches: DecodingBranches, uniforms: Tensor, ids: Tensor, log_prob: Tensor,
+                token: Tensor, age: Tensor, draw: Tensor, own_slots: int, prompt_slots: int) -> None:
+    """Every row draws a token: tensors alone, changed in place, so that the step can be compiled, recorded and replayed.
+
+    Of each row: its last token, its age, its draw. Of each draw, and last of nobody, to whom a row goes whose draw has
+    ended: the numbers it draws by, its ids, its log-probability.
+    """
+    nobody, oldest = len(ids) - 1, ids.shape[1] - 1
+    branches.place(age[:, None], own_slots, prompt_slots)
+    hidden = model.hidden(token[:, None], cache=branches)
+    new, log_q = choose(model.logits(hidden[:, 0]), uniforms[draw, age])
+    token.copy_(new)
+    ids[draw, age] = new
+    log_prob[draw] += log_q
+    draw.masked_fill_(stop[new], nobody)
+    age.add_(1).clamp_(max=oldest)      # only of a row for nobody
+
+
+def record(job: Callable[[], None], pool) -> "torch.cuda.CUDAGraph":
+    """A job that ran before as a CUDA graph, whose kernels are launched all at once; `pool` is memory shared with other graphs."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        job()
+    return graph
+
+
+ROW = ("live", "age", "seat", "prompt_tokens", "draw", "token", "age_there")       # what Slots know of each row
+
+
 class Slots:
     """The rows that decode together. When a draw ends its row takes the next one at once, of whatever prompt.
 
     What decides lies on the host: of each row its age (tokens drawn so far) and its seat, the place of its prompt among
-    those at hand. Rows and seats in use come first, so that each are read in one piece. The device is asked only which
-    draws have ended: after every step on a CPU, where that is free, else now and then; what a row draws after its end
-    goes to a draw that nobody reads.
+    those at hand. The device is asked only which draws have ended: after every step on a CPU, where that is free, else now
+    and then. Rows and seats in use come first, so that each are read in one piece. With `few_shapes`, for a step that is
+    compiled or recorded, rows are halved when half of them are idle (and have the last seat), and all seats are read.
     """
 
-    def __init__(self, model: GPT, prompts: list[list[int]], uniforms: Tensor, rows: int):
+    def __init__(self, model: GPT, prompts: list[list[int]], uniforms: Tensor, rows: int, decode, few_shapes: bool):
         (N, K, L), device = uniforms.shape, model.embedding.weight.device
-        self.model, self.prompts, self.K, self.L, self.nobody = model, prompts, K, L, N * K
+        self.model, self.prompts, self.K, self.L, self.nobody, self.few_shapes = model, prompts, K, L, N * K, few_shapes
         self.steps = self.row_steps = self.done = 0
-        rows = min(rows, N * K)
-        self.check_every = CHECK_EVERY[device.type]
+        rows, self.most_slots = min(rows, N * K), (math.ceil(L / 16) * 16, max(map(len, prompts)) - 1)
+        self.check_every, self.recorded = CHECK_EVERY[device.type], {}
         self.arrivals, self.waiting, self.waiting_seat = self.prefilled(), range(0), 0    # prompts; draws of the last seated
-        self.seated = Prompts(model.config, min(rows, 2 + 2 * rows // K), max(map(len, prompts)) - 1, device, model.dtype)
-        self.branches = DecodingBranches(self.seated, rows, L)
+        self.seated = Prompts(model.config, min(rows, 2 + 2 * rows // K) + 1, self.most_slots[1], device, model.dtype)
+        self.branches = DecodingBranches(self.seated, rows, self.most_slots[0])
         # of each row, on the host; `age` on the device too, so that no step has to wait for it
-        self.age, self.seat, self.prompt_tokens = np.full(rows, L), np.full(rows, -1), np.zeros(rows, int)
-        self.draw, self.token, self.age_there = (torch.full((rows,), value, device=device) for value in (self.nobody, 0, L))
+        self.live, (self.age, self.seat, self.prompt_tokens) = np.zeros(rows, bool), np.zeros((3, rows), int)
+        self.draw, self.token, self.age_there = (torch.full((rows,), value, device=device) for value in (self.nobody, 0, 0))
         # of each draw, and of nobody
-        self.uniforms = F.pad(uniforms.reshape(N * K, L), (0, 0, 0, 1)).to(device)
+        uniforms = F.pad(uniforms.reshape(N * K, L), (0, 0, 0, 1)).to(device)
         self.ids = torch.zeros(N * K + 1, L, dtype=torch.long, device=device)
         self.log_prob = torch.zeros(N * K + 1, device=device)
+        self.decode = partial(decode, model, self.branches, uniforms, self.ids, self.log_prob)
 
     def prefilled(self) -> Iterator[tuple[int, Prompts, int]]:
         """Every prompt with its place in a cache; those of like length are prefilled together, when they are wanted."""
@@ -179,47 +214,54 @@ class Slots:
         if n is None:
             return False
         self.waiting = range(n * self.K, (n + 1) * self.K)
-        self.waiting_seat = min(set(range(len(self.seat) + 1)).difference(self.seat.tolist()))
-        if self.waiting_seat == len(self.seated.lengths):
+        self.waiting_seat = min(set(range(len(self.seat) + 1)).difference(self.seat[self.live].tolist()))
+        if self.waiting_seat == len(self.seated.lengths) - 1:
             self.seated.grow()
+            self.recorded.clear()
         self.seated.copy(self.waiting_seat, cache, place)
         return True
 
     def refill(self) -> int:
-        """Rows whose draw has ended take the next ones, or are closed where none waits; the number of rows left."""
+        """Rows whose draw has ended take the next ones, or are closed where none waits; the number of rows that draw."""
         ended = self.age == self.L
         if self.steps % self.check_every == 0:
             ended |= (self.draw == self.nobody).cpu().numpy()
-        rows, draws = np.flatnonzero(ended), []
-        self.done += len(rows) if self.steps else 0
-        self.seat[rows] = -1
+        ended &= self.live
+        self.done += int(ended.sum())
+        self.live &= ~ended
+        rows, draws = np.flatnonzero(~self.live), []
         while len(draws) < len(rows) and (self.waiting or self.seat_next()):
             taken = self.waiting[:len(rows) - len(draws)]
-            self.seat[rows[len(draws):len(draws) + len(taken)]] = self.waiting_seat
+            filled = rows[len(draws):len(draws) + len(taken)]
+            self.seat[filled], self.live[filled] = self.waiting_seat, True
             self.waiting = self.waiting[len(taken):]
             draws += taken
         if draws:
-            filled, prompts = rows[:len(draws)], [self.prompts[draw // self.K] for draw in draws]
-            self.prompt_tokens[filled] = [len(prompt) - 1 for prompt in prompts]
-            self.age[filled] = self.age_there[filled] = 0
-            self.draw[filled] = torch.tensor(draws, device=self.draw.device)
-            self.token[filled] = torch.tensor([prompt[-1] for prompt in prompts], device=self.draw.device)
-        if len(draws) < len(rows):
+            self.start_draws(rows[:len(draws)], draws)
+        if self.live.any() and (draws or ended.any()):
             self.close_rows()
-        if len(rows) and len(self.seat):
-            self.close_seats()
-            self.branches.arrange(self.seat)
-        return len(self.seat)
+            self.arrange()
+        return int(self.live.sum())
+
+    def start_draws(self, rows: np.ndarray, draws: list[int]) -> None:
+        prompts = [self.prompts[draw // self.K] for draw in draws]
+        self.prompt_tokens[rows] = [len(prompt) - 1 for prompt in prompts]
+        self.age[rows] = self.age_there[rows] = 0
+        self.draw[rows] = torch.tensor(draws, device=self.draw.device)
+        self.token[rows] = torch.tensor([prompt[-1] for prompt in prompts], device=self.draw.device)
 
     def close_rows(self) -> None:
-        """Bring the rows in use to the front and drop the others."""
-        used = self.seat >= 0
-        free, moved = compaction(used)
-        self.branches.move(free, moved)
-        for name in ("age", "seat", "prompt_tokens", "draw", "token", "age_there"):
-            column = getattr(self, name)
-            column[free] = column[moved]
-            setattr(self, name, column[:int(used.sum())])
+        """Bring the rows that draw to the front and drop the others, but for idle ones that keep the shape."""
+        drawing = int(self.live.sum())
+        rows = min(len(self.live), max(16, 1 << (drawing - 1).bit_length())) if self.few_shapes else drawing
+        if rows < len(self.live):
+            free, moved = compaction(self.live)
+            self.branches.move(free, moved)
+            for name in ROW:
+                column = getattr(self, name)
+                column[free] = column[moved]
+                setattr(self, name, column[:rows])
+            self.live[drawing:] = False
 
     def close_seats(self) -> None:
         """Bring the seats in use to the front."""
@@ -228,28 +270,42 @@ class Slots:
             self.seat[self.seat == moved] = free
             self.waiting_seat = free if self.waiting_seat == moved else self.waiting_seat
 
-    def step(self, choose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], stop: Tensor) -> None:
-        """Every row draws a token: `choose(logits, uniforms)` gives it and its log-probability."""
-        age = self.age_there
-        self.branches.place(age[:, None], int(self.age.max()) + 1, int(self.prompt_tokens.max()))
-        hidden = self.model.hidden(self.token[:, None], cache=self.branches)
-        self.token, log_q = choose(self.model.logits(hidden[:, 0]), self.uniforms[self.draw, age])
-        self.ids[self.draw, age] = self.token
-        self.log_prob[self.draw] += log_q
-        self.draw = self.draw.masked_fill(stop[self.token], self.nobody)
-        self.age, self.age_there = self.age + 1, age + 1
+    def arrange(self) -> None:
+        """Say to the branches which row has which seat."""
+        if self.few_shapes:
+            idle, seats = np.flatnonzero(~self.live), len(self.seated.lengths)
+            self.seat[idle], self.draw[idle] = seats - 1, self.nobody
+            self.branches.arrange(self.seat, (seats, self.K))
+        else:
+            self.close_seats()
+            self.branches.arrange(self.seat)
+
+    def step(self) -> None:
+        """Every row draws a token."""
+        slots = int(self.age[self.live].max()) + 1, int(self.prompt_tokens[self.live].max())
+        steps = (64, 64) if self.few_shapes else (16, 1)        # matrix products of a few entries take a slow path on CPUs
+        slots = tuple(min(math.ceil(n / step) * step, most) for n, step, most in zip(slots, steps, self.most_slots))
+        shape, job = (len(self.live), *slots), partial(self.decode, self.token, self.age_there, self.draw, *slots)
+        if shape in self.recorded:
+            self.recorded[shape].replay()
+        else:
+            job()
+            if self.few_shapes and self.draw.device.type in RECORDS:
+                self.recorded[shape] = record(job, next((graph.pool() for graph in self.recorded.values()), None))
+        self.age = self.age + 1
         self.steps += 1
-        self.row_steps += len(self.age)
+        self.row_steps += len(self.live)
 
 
 @torch.inference_mode()
 def generate(model: GPT, prompts: list[list[int]], uniforms: Tensor, *, stop: Tensor, banned: Tensor,
-             temperature: float = 1.0, slots: int = 512, greedy: bool = False,
+             temperature: float = 1.0, slots: int = 512, greedy: bool = False, compile: str = "off",
              progress: Callable[[int, int], None] = lambda draws, tokens: None) -> Generated:
     """Decode K continuations of each of N prompts, until a stop id or for L tokens at most.
 
     uniforms: (N, K, L), a number for every token that may be drawn. stop, banned: (V,) bool. Each prompt is prefilled
-    once for its K draws; `slots` rows decode together. progress(draws, tokens) is told how far it is before each step.
+    once for its K draws; `slots` rows decode together. compile: see SampleConfig. progress(draws, tokens) is told how far
+    it is before each step.
     """
     check_room(model.config.context, max(map(len, prompts)), uniforms.shape[2])
     device, total = model.embedding.weight.device, uniforms.shape[0] * uniforms.shape[1]
@@ -260,10 +316,12 @@ def generate(model: GPT, prompts: list[list[int]], uniforms: Tensor, *, stop: Te
         token = log_q.argmax(dim=-1) if greedy else inverse_cdf(log_q.exp(), uniforms)
         return token, log_q.gather(1, token[:, None]).squeeze(1)
 
-    rows = Slots(model, prompts, uniforms, slots)
+    few_shapes = compile == "on" or compile == "auto" and device.type in RECORDS
+    decode = partial(torch.compile(decode_step, dynamic=True) if compile == "on" else decode_step, choose, stop)
+    rows = Slots(model, prompts, uniforms, slots, decode, few_shapes)
     while rows.refill():
         progress(rows.done, rows.row_steps)
-        rows.step(choose, stop)
+        rows.step()
     ids, stopped = rows.ids[:total].cpu(), stop[rows.ids[:total]].cpu()
     finished = stopped.any(dim=-1)
     lengths = stopped.int().argmax(dim=-1).where(finished, ids.shape[1]).tolist()
@@ -315,7 +373,8 @@ def propose(model: GPT, layout: Layout, places: list[Place], config: SampleConfi
     others = [i for i in layout.tokenizer.marker.values() if i != layout.eol]
     prompts = [layout.posterior_prompt(document, c) for document, c in places]
     return generate(model, prompts, uniforms, stop=vocabulary_mask(model, layout.eol),
-                    banned=vocabulary_mask(model, *others), temperature=config.temperature, slots=config.slots, progress=progress)
+                    banned=vocabulary_mask(model, *others), temperature=config.temperature, slots=config.slots,
+                    compile=config.compile, progress=progress)
 
 
 def complete(model: GPT, layout: Layout, prompts: list[list[int]], ends: list[int], max_tokens: int, slots: int = 512) -> list[list[int]]:

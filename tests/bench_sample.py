@@ -72,7 +72,7 @@ def draw(model, args, slots):
     rng = random.Random(1)
     prompts = [random_ids(rng, args, args.prefix or 64, args.prefix or 200) for _ in range(args.prompts)]
     return prompts, generate(model, prompts, uniform_numbers(0, "bench", (), (args.prompts, args.k, MAX_NEW)),
-                             stop=vocabulary_mask(model, STOP), banned=vocabulary_mask(model), slots=slots)
+                             stop=vocabulary_mask(model, STOP), banned=vocabulary_mask(model), slots=slots, compile=args.compile)
 
 
 def sample(args) -> dict:
@@ -194,6 +194,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=8, help="draws per prompt")
     parser.add_argument("--prefix", type=int, default=0, help="tokens of every prompt; 0: ragged (sample), none (shared)")
     parser.add_argument("--slots", type=int, default=512)
+    parser.add_argument("--compile", choices=["auto", "on", "off"], default="auto", help="see SampleConfig")
     parser.add_argument("--batch_tokens", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--checkpoint", default="runs/bolt/warm/ckpt.pt")

@@ -3,6 +3,7 @@
 The enumerable world: three words and six markers, of which only the words and EOL can be drawn, so that all thoughts of
 up to two words can be listed with their exact probabilities.
 """
+import copy
 import itertools
 import json
 import math
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sample_latents
 from data.corpus import encode_document, read_corpus
@@ -229,6 +231,86 @@ def test_rows_that_are_looked_at_now_and_then_draw_the_same(small, monkeypatch):
     assert seldom.ids == every.ids and torch.equal(seldom.finished, every.finished)
     torch.testing.assert_close(seldom.log_prob, every.log_prob, atol=1e-5, rtol=1e-5)
     assert seldom.row_steps > every.row_steps
+
+
+class Recording(TorchDispatchMode):
+    """A CUDA graph as a CPU can have it: operations on fixed tensors, noted without effect and run again by `replay`.
+
+    Fails where one would make the host wait, or reads a number off a tensor.
+    """
+
+    def __init__(self, job):
+        super().__init__()
+        self.calls, self.before = [], []
+        with self:
+            job()
+        for tensor, value in reversed(self.before):
+            tensor.copy_(value)
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        assert operation not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), operation
+        for place, value in zip(operation._schema.arguments, arguments):
+            if place.alias_info and place.alias_info.is_write:
+                self.before.append((value, value.clone()))
+        out = operation(*arguments, **(keywords or {}))
+        self.calls.append((operation, arguments, keywords or {}, out))
+        return out
+
+    def replay(self):
+        for operation, arguments, keywords, out in self.calls:
+            for old, new in zip(*(x if isinstance(x, list | tuple) else [x] for x in (out, operation(*arguments, **keywords)))):
+                if old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+    def pool(self):
+        return None
+
+
+def recorded_arguments(layout, model):
+    prompts = [[layout.bos] + [n % 3] * (n % 5) for n in range(60)]
+    return model, prompts, uniform_numbers(5, "record", (), (60, 6, 40)), dict(
+        stop=vocabulary_mask(model, layout.eol), banned=vocabulary_mask(model, layout.bos))
+
+
+@pytest.mark.parametrize("slots", [5, 48, 1000])
+@pytest.mark.parametrize("look", [1, 8])
+def test_a_recorded_step_draws_the_same(small, monkeypatch, slots, look):
+    """Replayed steps read and write the same memory as called ones, with idle rows and more seats on the way."""
+    model, prompts, uniforms, others = recorded_arguments(small[1], small[0])
+    called = generate(model, prompts, uniforms, slots=slots, **others)
+    recordings = []
+    monkeypatch.setattr(sample_latents, "record", lambda job, pool: (recordings.append(Recording(job)), recordings[-1])[1])
+    monkeypatch.setattr(sample_latents, "RECORDS", ("cpu",))
+    monkeypatch.setattr(sample_latents, "CHECK_EVERY", {"cpu": look})
+    replayed = generate(model, prompts, uniforms, slots=slots, compile="auto", **others)
+    assert replayed.ids == called.ids and torch.equal(replayed.finished, called.finished)
+    torch.testing.assert_close(replayed.log_prob, called.log_prob, atol=1e-5, rtol=1e-5)
+    assert 1 <= len(recordings) < 20
+
+
+@pytest.mark.slow
+def test_the_compiled_step_is_compiled_no_more_once_it_is_warm(small, monkeypatch):
+    """The same draws as eager; other prompts of the same sizes find every shape compiled."""
+    model, prompts, uniforms, others = recorded_arguments(small[1], small[0])
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda job, **keywords: compile(job, backend="eager", **keywords))
+    assert generate(model, prompts, uniforms, slots=48, compile="on", **others).ids == generate(model, prompts, uniforms, **others).ids
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    generate(model, prompts[::-1], uniforms, slots=48, compile="on", **others)
+    assert 0 < graphs == torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compile", ["auto", "on"])
+def test_cuda_replays_what_it_would_call(small, compile):
+    model, prompts, uniforms, others = recorded_arguments(small[1], copy.deepcopy(small[0]).cuda())
+    called = generate(model, prompts, uniforms, slots=48, **others)
+    replayed = generate(model, prompts, uniforms, slots=48, compile=compile, **others)
+    assert replayed.ids == called.ids
+    torch.testing.assert_close(replayed.log_prob, called.log_prob, atol=1e-4, rtol=1e-4)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    generate(model, prompts[::-1], uniforms, slots=48, compile=compile, **others)
+    assert graphs == torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def test_a_single_draw_is_kept_with_weight_one(small):
