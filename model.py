@@ -13,10 +13,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 
 SLAB = {"cpu": 2 ** 24, "mps": 2 ** 26, "cuda": 2 ** 27}       # logits that are made at once; four bytes each
+BLOCKWISE = ("cuda",)       # devices whose compiled graphs have flex_attention
 KEPT_SLABS = 8      # are kept for the gradient; where there are more, logits are made again
 
 # ---- config ----------------------------------------------------------------------------------------------------
@@ -202,13 +204,15 @@ class Attention(nn.Module):
         self.value = nn.Linear(config.width, config.kv_heads * config.head_size, bias=False)
         self.out = nn.Linear(config.heads * config.head_size, config.width, bias=False)
 
-    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: Prompts | Branches | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | BlockMask | None, cache: Prompts | Branches | None) -> Tensor:
         B, T, E = x.shape
         q = rotate(self.query(x).view(B, T, self.heads, self.head_size).transpose(1, 2), rotary)      # (B, H, T, D)
         k = rotate(self.key(x).view(B, T, self.kv_heads, self.head_size).transpose(1, 2), rotary)     # (B, G, T, D)
         v = self.value(x).view(B, T, self.kv_heads, self.head_size).transpose(1, 2)                   # (B, G, T, D)
         if cache is not None:
             y = cache.attend(self.layer, q, k, v)                                                     # (B, H, T, D)
+        elif isinstance(mask, BlockMask):
+            y = flex_attention(q, k, v, block_mask=mask, enable_gqa=self.heads != self.kv_heads)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                                enable_gqa=self.heads != self.kv_heads)
@@ -280,7 +284,7 @@ class GPT(nn.Module):
         B, T = ids.shape
         if T > self.config.context:
             raise ValueError(f"{T} tokens do not fit the context of {self.config.context}; raise --model.context")
-        mask = None if document is None else same_document_and_causal(document)                       # (B, 1, T, T)
+        mask = None if document is None else packed_mask(document)
         if cache is None or cache.positions is None:
             rotary = self.rotary[:, :T]                                                               # (2, T, D)
         else:
@@ -337,17 +341,23 @@ class GPT(nn.Module):
         return 6 * self.num_parameters() + 12 * self.config.layers * self.config.width * row_tokens
 
 
-def same_document_and_causal(document: Tensor) -> Tensor:
-    """The attention mask of packed rows: (B, T) document numbers -> (B, 1, T, T), True where a query may look.
+def packed_mask(document: Tensor) -> Tensor | BlockMask:
+    """The attention mask of packed rows, (B, T) document numbers: a query may look where it is True.
 
         document  0 0 1 1      x . . .
                                x x . .
                                . . x .
                                . . x x
+
+    A graph compiled for CUDA gets it as blocks, of which flex_attention leaves out the empty ones; else it is (B, 1, T, T).
     """
-    T = document.shape[1]
-    causal = torch.ones(T, T, dtype=torch.bool, device=document.device).tril()
-    return ((document[:, :, None] == document[:, None, :]) & causal)[:, None]
+    (B, T), there = document.shape, torch.arange(document.shape[1], device=document.device)
+
+    def seen(row, head, query, key):
+        return (document[row, query] == document[row, key]) & (query >= key)
+    if torch.compiler.is_compiling() and document.device.type in BLOCKWISE:
+        return create_block_mask(seen, B, None, T, T, device=document.device)
+    return seen(torch.arange(B, device=document.device)[:, None, None], None, there[:, None], there)[:, None]
 
 
 # ---- checkpoint ------------------------------------------------------------------------------------------------

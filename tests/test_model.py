@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import model as gpt
-from model import GPT, Branches, DecodingBranches, GPTConfig, Prompts, load_checkpoint, same_document_and_causal, save_checkpoint
+from model import GPT, Branches, DecodingBranches, GPTConfig, Prompts, load_checkpoint, packed_mask, save_checkpoint
 from tests.conftest import random_model
 
 V = 11
@@ -135,8 +135,43 @@ def test_a_later_token_never_changes_an_earlier_log_prob():
 
 
 def test_the_mask_is_the_one_drawn_in_its_docstring():
-    assert same_document_and_causal(torch.tensor([[0, 0, 1, 1]]))[0, 0].int().tolist() == [
+    assert packed_mask(torch.tensor([[0, 0, 1, 1]]))[0, 0].int().tolist() == [
         [1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+
+
+def packed_batch(device="cpu", T=200, seed=0):
+    """ids, targets and document numbers of three rows, each cut into documents in its own way."""
+    ids, document = ids_of(3, T, seed=seed), (torch.arange(T) + 7 * seed) // torch.tensor([[30], [70], [200]])
+    return ids.to(device), ids.roll(-1, 1).to(device), document.to(device)
+
+
+def graphs_compiled() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@torch.no_grad()
+def test_attention_by_blocks_gives_the_numbers_of_the_mask(monkeypatch):
+    """The branch that a graph compiled for CUDA takes, here without code generation."""
+    model = random_model(V, context=200, heads=4, kv_heads=2, width=32)
+    calls, attend = [], gpt.flex_attention
+    monkeypatch.setattr(gpt, "BLOCKWISE", ("cpu",))
+    monkeypatch.setattr(gpt, "flex_attention", lambda *x, **y: (calls.append(1), attend(*x, **y))[1])
+    blockwise = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(blockwise(*packed_batch()), model(*packed_batch()), atol=1e-5, rtol=1e-5)
+    assert len(calls) == model.config.layers
+
+
+def test_training_compiles_into_one_graph():
+    """Loss and gradients of the compiled model are the eager ones; other documents of the same shape compile nothing."""
+    model, compiled_model = random_model(V, context=200), random_model(V, context=200)
+    compiled = torch.compile(compiled_model, backend="aot_eager", fullgraph=True)
+    for seed in range(3):
+        model(*packed_batch(seed=seed)).sum().backward()
+        compiled(*packed_batch(seed=seed)).sum().backward()
+        before = graphs_compiled() if seed == 0 else before
+    assert graphs_compiled() == before
+    for ours, other in zip(compiled_model.parameters(), model.parameters()):
+        torch.testing.assert_close(ours.grad, other.grad, atol=1e-4, rtol=1e-4)
 
 
 def test_weights_are_a_function_of_the_seed():
@@ -173,3 +208,16 @@ def test_cuda_gives_the_numbers_of_the_cpu():
     model, ids = random_model(V), ids_of(2, 12)
     on_cpu = model(ids, ids)
     torch.testing.assert_close(model.cuda()(ids.cuda(), ids.cuda()).cpu(), on_cpu, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_trains_in_one_graph_to_the_gradients_of_the_mask():
+    model, plain = (random_model(V, context=200, heads=2, kv_heads=1, width=64).cuda() for _ in range(2))
+    compiled = torch.compile(model, fullgraph=True)
+    for seed in range(3):
+        compiled(*packed_batch("cuda", seed=seed)).sum().backward()
+        plain(*packed_batch("cuda", seed=seed)).sum().backward()
+        before = graphs_compiled() if seed == 0 else before
+    assert graphs_compiled() == before
+    for ours, other in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(ours.grad, other.grad, atol=1e-3, rtol=1e-3)
