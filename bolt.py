@@ -338,7 +338,7 @@ def oracle(lab: Lab) -> None:
 
 def per_step(lab: Lab, documents: list[Document], config: TrainConfig) -> tuple[float, float]:
     """Tokens and observed tokens of a training step, the mean of the first twenty."""
-    batches = training_batches(documents, lab.layout, config.recipe, Position(), lab.ranks)
+    batches = training_batches(documents, lab.layout, config, Position(), lab.ranks)
     pairs = [(batch.num_tokens, batch.num_observed) for batch in itertools.islice(batches, 20)]
     return mean(a for a, b in pairs), mean(b for a, b in pairs)
 

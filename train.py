@@ -12,7 +12,6 @@ Shapes: R rows of the global batch, B rows of a micro-batch, T positions.
 """
 import contextlib
 import datetime
-import functools
 import itertools
 import math
 import os
@@ -43,15 +42,9 @@ PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "
 # ---- config ----------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Recipe):
     steps: int = option(300, "optimizer steps")
-    batch_tokens: int = option(512, "tokens of a global batch, over all processes and micro-batches")
-    row_tokens: int = option(256, "tokens of a row that documents are packed into; at most the context of the model")
     micro_batch_rows: int = option(0, "rows that go through the model at once on a process; 0: all of them")
-    layout: Literal["joint", "prior", "posterior", "raw", "latent_only"] = option(
-        "joint", "joint: a coin per chunk, prior or posterior; raw: the text alone; latent_only: the latents alone, as text")
-    plain_as: Literal["plain", "no_thought"] = option("plain", "how a chunk without a latent is laid out")
-    raw_mix: float = option(0.0, "share of the documents, drawn afresh each epoch, that are laid out raw")
     optimizer: Literal["muon", "adamw"] = option("muon", "of the matrices of the blocks; all other weights have AdamW")
     learning_rate: float = option(3e-3, "peak of AdamW's learning rate")
     muon_learning_rate: float = option(0.015, "peak of Muon's")
@@ -60,38 +53,25 @@ class TrainConfig:
     decay: float = option(0.5, "share of the steps, at the end, in which wsd falls")
     weight_decay: float = option(0.1, "of the matrices")
     clip: float = option(1.0, "largest norm of the gradient")
-    seed: int = option(0, "of the initial weights, the order of the documents and the coins")
     checkpoint_every: int = option(100, "steps between checkpoints, from which a killed run continues")
     log_every: int = option(25, "steps between lines of the log")
     compile: Literal["auto", "on", "off"] = option("auto", "torch.compile; auto: on CUDA")
-    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of the products; auto: bfloat16 on CUDA, and on a CPU that is fast in it from width 256")
+    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of the products; auto: bfloat16 on CUDA, and on a CPU with AMX from width 256")
     model: GPTConfig = option(GPTConfig(), "shape of a fresh model")
 
     def __post_init__(self):
-        require_positive(self, "steps", "batch_tokens", "row_tokens", "learning_rate", "muon_learning_rate", "warmup", "decay",
-                         "clip", "checkpoint_every", "log_every")
-        if self.micro_batch_rows < 0 or self.seed < 0:
-            raise ValueError("--micro_batch_rows and --seed must not be negative")
-        if not 0 <= self.raw_mix <= 1:
-            raise ValueError(f"--raw_mix {self.raw_mix} is not allowed; give a share between 0 and 1")
+        super().__post_init__()
+        require_positive(self, "steps", "learning_rate", "muon_learning_rate", "warmup", "decay", "clip", "checkpoint_every", "log_every")
+        if self.micro_batch_rows < 0:
+            raise ValueError(f"--micro_batch_rows {self.micro_batch_rows} is not allowed; give 0 or more")
         if self.model.vocab_size:
             raise ValueError("--model.vocab_size follows from the tokenizer; leave it out")
-        if self.batch_tokens < self.row_tokens:
-            raise ValueError(f"--batch_tokens {self.batch_tokens} is less than a row of --row_tokens {self.row_tokens}")
-        if self.batch_tokens % self.row_tokens:
-            raise ValueError(f"--batch_tokens {self.batch_tokens} is no multiple of --row_tokens {self.row_tokens}; make it one")
-
-    @property
-    def recipe(self) -> Recipe:
-        return Recipe(self.batch_tokens // self.row_tokens, self.row_tokens, self.layout, self.plain_as, self.raw_mix, self.seed)
 
 
-def check_rows(config: TrainConfig, context: int, ranks: Ranks) -> None:
-    """Raise ValueError where rows do not fit the model, or cannot be dealt evenly."""
+def check_rows(config: TrainConfig, context: int) -> None:
+    """Raise ValueError where rows do not fit the model."""
     if config.row_tokens > context:
         raise ValueError(f"--row_tokens {config.row_tokens} exceeds --model.context {context}; lower it")
-    if config.recipe.rows % ranks.world:
-        raise ValueError(f"{config.recipe.rows} rows of a batch cannot be dealt to {ranks.world} processes; change --batch_tokens")
 
 
 # ---- state -----------------------------------------------------------------------------------------------------
@@ -188,30 +168,28 @@ def make_optimizers(model: GPT, config: TrainConfig, device: torch.device) -> li
 
 # ---- precision -------------------------------------------------------------------------------------------------
 
-@functools.cache
-def has_fast_bfloat16() -> bool:
-    """Whether this CPU multiplies large bfloat16 matrices at least twice as fast as float32 ones, as those with AMX do.
+def choose_dtype(config: TrainConfig, width: int, device: torch.device) -> str:
+    """What the products are computed in where --dtype leaves it open: bfloat16 on CUDA, and from width 256 on a CPU with AMX.
 
-    The gap is wide on either side (8 times, or slower), so that noise never decides, and runs can be repeated.
+    On such CPUs it trains models of width 256 and 768 two and three times as fast as float32, and one of width 64 slower,
+    since that spends more on conversions than it gains.
     """
-    def seconds(dtype: torch.dtype) -> float:
-        x, times = torch.ones(768, 768, dtype=dtype), []
-        for _ in range(4):
-            start = time.perf_counter()
-            x @ x
-            times.append(time.perf_counter() - start)
-        return min(times[1:])
-    return seconds(torch.float32) > 2 * seconds(torch.bfloat16)
-
-
-def choose_dtype(config: TrainConfig, width: int, ranks: Ranks) -> str:
-    """What the products are computed in where --dtype leaves it open: bfloat16 on CUDA, and on a CPU with fast bfloat16 from
-    width 256 on (smaller models spend more on conversions than they gain), else float32."""
     if config.dtype != "auto":
         return config.dtype
-    if ranks.device.type == "cuda":
+    if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    return "bfloat16" if ranks.device.type == "cpu" and width >= 256 and has_fast_bfloat16() else "float32"
+    return "bfloat16" if device.type == "cpu" and width >= 256 and torch.cpu._is_amx_tile_supported() else "float32"
+
+
+@contextlib.contextmanager
+def tensor_cores():
+    """What is left of float32 products on CUDA in TF32, in here alone: the log-probabilities of an E-step want all of float32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 # ---- train step ------------------------------------------------------------------------------------------------
@@ -258,7 +236,7 @@ def validate(model: GPT, tokenizer: Tokenizer, documents, config: TrainConfig, r
     """Nats per target of held-out documents in the layout of the training, by kind, and bits per byte of the observed text;
     nothing where that layout has no targets. The coins are those of the first epoch, so that it is always the same measure.
     """
-    rows = epoch_rows(documents, Layout(tokenizer), config.recipe)
+    rows = epoch_rows(documents, Layout(tokenizer), config)
     mine = (row for number, (row, _) in enumerate(rows) if number % ranks.world == ranks.rank)
     sizes = torch.tensor([len(token) for token in tokenizer.tokens] + [0] * len(tokenizer.marker))
     sums = torch.zeros(7, dtype=torch.float64)      # nll and count of latent, text and marker targets; bytes of text
@@ -360,24 +338,25 @@ def train(model: GPT, tokenizer: Tokenizer, documents, config: TrainConfig, fold
     documents: a list of Document, or a TokenizedCorpus. at_checkpoint(state) is called before each checkpoint is saved,
     at_record(record) with what goes to metrics.jsonl. Raises ValueError where rows do not fit, or the loss is not a number.
     """
-    check_rows(config, model.config.context, ranks)
+    check_rows(config, model.config.context)
     path, device = os.path.join(folder, "ckpt.pt"), ranks.device
     optimizers, state = make_optimizers(model, config, device), TrainState()
     if os.path.exists(path):
         state = resume(path, model, optimizers, tokenizer)
     check_same_step(state.step, folder, ranks)
     trim_metrics(folder, state.step, ranks)
-    state.dtype = state.dtype or choose_dtype(config, model.config.width, ranks)
+    state.dtype = state.dtype or choose_dtype(config, model.config.width, device)
     forward = torch.compile(model) if config.compile == "on" or config.compile == "auto" and device.type == "cuda" else model
     forward = DistributedDataParallel(forward, broadcast_buffers=False) if ranks.world > 1 else forward
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=state.dtype == "bfloat16")
-    batches = training_batches(documents, Layout(tokenizer), config.recipe, Position(*state.position), ranks)
+    batches = training_batches(documents, Layout(tokenizer), config, Position(*state.position), ranks)
     meter = Meter(model, config, folder, ranks, state.dtype)
     bar = tqdm(range(state.step + 1, config.steps + 1), desc=title, initial=state.step, total=config.steps, unit="step",
                leave=False, disable=not ranks.main)
     for state.step in bar:
         batch = meter.next(batches)
-        sums, norm = train_step(model, forward, optimizers, batch, state.step - 1, config, ranks, autocast)
+        with tensor_cores():
+            sums, norm = train_step(model, forward, optimizers, batch, state.step - 1, config, ranks, autocast)
         state.count(batch)
         meter.add(batch, sums, norm)
         at_save = state.step % config.checkpoint_every == 0 or state.step == config.steps
@@ -473,17 +452,17 @@ def main(argv=None) -> None:
     config = parse_config(MainConfig(), argv, __doc__)
     ranks = start_ranks(config.device)
     if not config.init_from:
-        check_rows(config, config.model.context, ranks)
+        check_rows(config, config.model.context)
     with main_first(ranks):
         sources = open_sources(config)
         model, tokenizer = open_model(config, sources)
-        check_rows(config, model.config.context, ranks)
+        check_rows(config, model.config.context)
         documents, *held_out = [TokenizedCorpus(source, tokenizer) for source in sources]
     model.to(ranks.device)
     open_run(config.out, config, ranks, data_sha256=" ".join(source.digest[:16] for source in sources),
              init_sha256=sha256_of(checkpoint_of(config.init_from))[:16] if config.init_from else "")
     ranks.say(f"training {model.num_parameters():,} parameters on {len(documents):,} documents of {config.data}, {ranks.world} "
-              f"process(es) on {ranks.device}, in {choose_dtype(config, model.config.width, ranks)}")
+              f"process(es) on {ranks.device}, in {choose_dtype(config, model.config.width, ranks.device)}")
 
     def at_checkpoint(state: TrainState) -> None:
         for part in held_out:

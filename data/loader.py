@@ -14,20 +14,35 @@ from torch import Tensor
 
 from data.corpus import Chunk, Document
 from data.layout import GIVEN, LATENT, TEXT, Layout, Sequence
-from data.run import Ranks, random_stream
+from data.run import Ranks, option, random_stream, require_positive
 
 GROUP = 512         # documents that are laid out and packed together
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How documents become rows. A script's --help explains the fields; see TrainConfig."""
-    rows: int
-    row_tokens: int
-    layout: Literal["joint", "prior", "posterior", "raw", "latent_only"] = "joint"
-    plain_as: Literal["plain", "no_thought"] = "plain"
-    raw_mix: float = 0.0
-    seed: int = 0
+    """How documents become batches: the part of train.py's settings that concerns data."""
+    batch_tokens: int = option(512, "tokens of a global batch, over all processes and micro-batches")
+    row_tokens: int = option(256, "tokens of a row that documents are packed into; at most the context of the model")
+    layout: Literal["joint", "prior", "posterior", "raw", "latent_only"] = option(
+        "joint", "joint: a coin per chunk, prior or posterior; raw: the text alone; latent_only: the latents alone, as text")
+    plain_as: Literal["plain", "no_thought"] = option("plain", "how a chunk without a latent is laid out")
+    raw_mix: float = option(0.0, "share of the documents, drawn afresh each epoch, that are laid out raw")
+    seed: int = option(0, "of the initial weights, the order of the documents and the coins")
+
+    def __post_init__(self):
+        require_positive(self, "batch_tokens", "row_tokens")
+        if not 0 <= self.raw_mix <= 1:
+            raise ValueError(f"--raw_mix {self.raw_mix} is not allowed; give a share between 0 and 1")
+        if self.batch_tokens % self.row_tokens:
+            raise ValueError(f"--batch_tokens {self.batch_tokens} is no multiple of --row_tokens {self.row_tokens}; make it one")
+        if self.seed < 0:
+            raise ValueError(f"--seed {self.seed} is not allowed; give 0 or more")
+
+    @property
+    def rows(self) -> int:
+        """Of a global batch."""
+        return self.batch_tokens // self.row_tokens
 
 
 @dataclass(frozen=True)
@@ -145,11 +160,13 @@ def collate(rows: list[list[Sequence]], row_tokens: int) -> Batch:
 
 
 def deal(rows: list[list[Sequence]], row_tokens: int, position: Position, ranks: Ranks) -> StepBatch:
-    """The rows of a global batch that are this process's, and the counts of all."""
+    """The rows of a global batch that are this process's, and the counts of all. Where they do not go round, the last
+    processes get an empty row, so that all take as many micro-batches."""
+    mine, most = rows[ranks.rank::ranks.world], math.ceil(len(rows) / ranks.world)
     kinds = [sequence.kinds[1:] for row in rows for sequence in row]
     counts = {kind: sum(one.count(kind) for one in kinds) for kind in (GIVEN, LATENT, TEXT)}
     tokens = sum(map(len, kinds))
-    return StepBatch(collate(rows[ranks.rank::ranks.world], row_tokens), tokens, tokens - counts[GIVEN], counts[TEXT],
+    return StepBatch(collate(mine + [[]] * (most - len(mine)), row_tokens), tokens, tokens - counts[GIVEN], counts[TEXT],
                      counts[LATENT], position)
 
 

@@ -111,7 +111,7 @@ def corpus(args, ranks: Ranks) -> dict:
         lap("tokenize")
         documents = TokenizedCorpus(survey_source(f"{folder}/large.jsonl"), tokenizer)
         lap("open_again")
-        batches, tokens = training_batches(documents, Layout(tokenizer), Recipe(64, 256), Position(), ranks), 0
+        batches, tokens = training_batches(documents, Layout(tokenizer), Recipe(16384, 256), Position(), ranks), 0
         next(batches)
         lap("first_batch")
         for number, batch in enumerate(itertools.islice(batches, args.steps), 1):

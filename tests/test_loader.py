@@ -45,7 +45,7 @@ def test_packing_wastes_less_than_a_twentieth_of_the_embedded_corpus(tmp_path):
     prepare.main(["--out", str(tmp_path), "--raw", "10", "--held_out", "10"])
     records = read_corpus(str(tmp_path / "gold.jsonl"))
     tokenizer = tokenizer_for(texts_of(records, "words"), "words")
-    rows = list(epoch_of(encode_corpus(records, tokenizer), Layout(tokenizer), Recipe(2, 256)))
+    rows = list(epoch_of(encode_corpus(records, tokenizer), Layout(tokenizer), Recipe(512, 256)))
     assert sum(len(s.ids) - 1 for row in rows for s in row) > 0.95 * 256 * len(rows)
 
 
@@ -73,7 +73,7 @@ def ids_of(rows):
 
 def test_coins_are_fair_and_fresh_each_epoch(documents, layout):
     """Over many epochs a chunk is prior half of the time, and no two epochs are alike."""
-    epochs = [ids_of(epoch_of(documents, layout, Recipe(1, 64), epoch)) for epoch in range(400)]
+    epochs = [ids_of(epoch_of(documents, layout, Recipe(64, 64), epoch)) for epoch in range(400)]
     priors = sum(layout.prior in ids for epoch in epochs for ids in epoch if layout.prior in ids or layout.post in ids)
     assert abs(priors / (400 * 3) - 0.5) < 0.05
     assert epochs[0] != epochs[1] and len(set(map(tuple, map(sorted, epochs)))) > 3
@@ -82,27 +82,29 @@ def test_coins_are_fair_and_fresh_each_epoch(documents, layout):
 def test_an_epoch_has_every_document_once(layout):
     """Also over several groups, whatever the number of processes the rows are dealt to."""
     documents = [Document(i, [Chunk([i % 5] * (i % 7 + 1))], {}) for i in range(2 * GROUP + 30)]
-    rows = epoch_of(documents, layout, Recipe(4, 16))
+    rows = epoch_of(documents, layout, Recipe(64, 16))
     assert sorted(ids_of(rows)) == sorted(tuple(layout.raw(document).ids) for document in documents)
-    parts = [next(training_batches(documents, layout, Recipe(4, 16), Position(), Ranks(rank, 3, torch.device("cpu"))))
+    parts = [next(training_batches(documents, layout, Recipe(64, 16), Position(), Ranks(rank, 3, torch.device("cpu"))))
              for rank in range(3)]
     whole = collate(rows[:4], 16)
     for rank, part in enumerate(parts):
-        assert torch.equal(part.mine.ids, whole.ids[rank::3]) and part.num_tokens == int((whole.document >= 0).sum())
+        dealt = len(whole.ids[rank::3])
+        assert torch.equal(part.mine.ids[:dealt], whole.ids[rank::3]) and part.num_tokens == int((whole.document >= 0).sum())
+        assert len(part.mine.ids) == 2 and part.mine.targets[dealt:].eq(-1).all()
         assert part.num_targets == int((whole.targets >= 0).sum()) and part.num_observed == int((whole.kinds == TEXT).sum())
 
 
 def test_the_layouts_of_training(documents, layout):
     """joint has both forms, prior and posterior one each, raw no thought, latent_only nothing else; raw_mix some of raw."""
     def forms(**settings):
-        rows = [row for epoch in range(20) for row in epoch_of(documents, layout, Recipe(1, 64, **settings), epoch)]
+        rows = [row for epoch in range(20) for row in epoch_of(documents, layout, Recipe(64, 64, **settings), epoch)]
         spelled = [layout.tokenizer.decode(ids) for ids in ids_of(rows)]
         return {name for name, marker in (("prior", PRIOR), ("posterior", POST)) if any(marker in text for text in spelled)}, set(spelled)
     assert forms()[0] == {"prior", "posterior"}
     assert forms(layout="prior")[0] == {"prior"} and forms(layout="posterior")[0] == {"posterior"}
     assert forms(layout="raw") == (set(), {f"{BOS}{text}{EOS}" for text in ("a b c", "a a c d", "b d", "a e b c c")})
     assert forms(layout="latent_only") == (set(), {f"{BOS} d e{EOS}", f"{BOS} b{EOS}", f"{BOS}{EOS}"})
-    mixed = [ids for epoch in range(200) for ids in ids_of(epoch_of(documents, layout, Recipe(1, 64, raw_mix=0.25), epoch))]
+    mixed = [ids for epoch in range(200) for ids in ids_of(epoch_of(documents, layout, Recipe(64, 64, raw_mix=0.25), epoch))]
     plain = sum(layout.sol not in ids for ids in mixed)                      # one document of the four always is
     assert abs(plain / 800 - (0.25 + 0.75 * 0.25)) < 0.06
 
@@ -110,7 +112,7 @@ def test_the_layouts_of_training(documents, layout):
 def test_training_can_go_on_from_any_position(layout):
     """From the position after a batch come the batches of the uninterrupted stream, over groups and epochs."""
     documents = [Document(i, [Chunk([i % 5] * (i % 7 + 1), latent=[1])], {}) for i in range(GROUP + 100)]
-    alone, recipe = Ranks(0, 1, torch.device("cpu")), Recipe(60, 32, seed=5)
+    alone, recipe = Ranks(0, 1, torch.device("cpu")), Recipe(1920, 32, seed=5)
     whole = list(itertools.islice(training_batches(documents, layout, recipe, Position(), alone), 12))
     assert whole[-1].position.epoch > 0 and whole[2].position.group > 0
     for step in (0, 2, 6, 10):
@@ -144,7 +146,7 @@ def test_one_of_several_thoughts_is_picked_by_weight_afresh_each_epoch(layout):
     documents = [Document(i, [chunk], {}) for i in range(500)]
     epochs = []
     for epoch in range(4):
-        laid_out = lay_out(documents, layout, Recipe(1, 64), epoch, group=0)
+        laid_out = lay_out(documents, layout, Recipe(64, 64), epoch, group=0)
         epochs.append(["".join(str(i) for i, kind in zip(s.ids, s.kinds) if kind == LATENT) for s in laid_out])
     counts = collections.Counter(itertools.chain(*epochs))
     assert set(counts) == {"1", "3"} and abs(counts["3"] / 2000 - 0.75) < 0.05 and epochs[0] != epochs[1]

@@ -20,7 +20,7 @@ from data.run import Ranks
 from data.tokens import Tokenizer, tokenizer_for
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from tests.conftest import RECORDS, random_model
-from train import (Muon, TrainConfig, backward, choose_dtype, has_fast_bfloat16, main, make_optimizers, nearest_orthogonal,
+from train import (Muon, TrainConfig, backward, choose_dtype, main, make_optimizers, nearest_orthogonal,
                    schedule, train, validate)
 
 SMALL = TrainConfig(steps=12, batch_tokens=64, row_tokens=16, checkpoint_every=5,
@@ -31,7 +31,7 @@ NO_AUTOCAST = torch.autocast("cpu", enabled=False)
 @pytest.fixture
 def batch(documents, layout, alone):
     """Ragged: four rows with different numbers of targets."""
-    batch = next(training_batches(documents, layout, Recipe(4, 24), Position(), alone))
+    batch = next(training_batches(documents, layout, Recipe(96, 24), Position(), alone))
     assert len({int((row >= 0).sum()) for row in batch.mine.targets}) > 1
     return batch
 
@@ -55,19 +55,20 @@ def test_the_gradient_is_that_of_the_mean_over_all_targets(batch, alone, layout)
 
 
 def test_ranks_with_unequal_counts_average_to_the_same_gradient(batch, documents, layout):
-    """The mean over ranks, which is what DDP takes, of each rank's gradient is that of one process."""
+    """The mean over ranks, which is what DDP takes, of each rank's gradient is that of one process; also where a rank has no row."""
     model = random_model(layout.tokenizer.vocab_size)
     backward(model, batch, 0, Ranks(0, 1, torch.device("cpu")), NO_AUTOCAST)
     expected = gradients(model)
-    parts = []
-    for rank in range(2):
-        model.zero_grad()
-        ranks = Ranks(rank, 2, torch.device("cpu"))
-        mine = next(training_batches(documents, layout, Recipe(4, 24), Position(), ranks))
-        backward(model, mine, 2, ranks, NO_AUTOCAST)
-        parts.append(gradients(model))
-    for one, two, whole in zip(*parts, expected):
-        torch.testing.assert_close((one + two) / 2, whole, atol=1e-6, rtol=1e-4)
+    for world in (2, 3, 5):
+        parts = []
+        for rank in range(world):
+            model.zero_grad()
+            ranks = Ranks(rank, world, torch.device("cpu"))
+            mine = next(training_batches(documents, layout, Recipe(96, 24), Position(), ranks))
+            backward(model, mine, 0, ranks, NO_AUTOCAST)
+            parts.append(gradients(model))
+        for whole, *each in zip(expected, *parts):
+            torch.testing.assert_close(sum(each) / world, whole, atol=1e-6, rtol=1e-4)
 
 
 def test_the_schedules_as_a_table():
@@ -202,12 +203,12 @@ def test_a_loss_that_is_no_number_stops_the_run(tokenizer, documents, alone, tmp
 
 
 def test_bfloat16_on_a_cpu_is_for_wide_models_where_it_is_fast(alone, monkeypatch):
-    for fast, width, dtype, expected in ((True, 256, "auto", "bfloat16"), (True, 64, "auto", "float32"), (False, 256, "auto", "float32"),
+    for amx, width, dtype, expected in ((True, 256, "auto", "bfloat16"), (True, 64, "auto", "float32"), (False, 256, "auto", "float32"),
                                          (True, 256, "float32", "float32"), (False, 64, "bfloat16", "bfloat16")):
-        monkeypatch.setattr(train_module, "has_fast_bfloat16", lambda: fast)
-        assert choose_dtype(replace(SMALL, dtype=dtype), width, alone) == expected
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+        assert choose_dtype(replace(SMALL, dtype=dtype), width, alone.device) == expected
     monkeypatch.undo()
-    assert has_fast_bfloat16() in (True, False)
+    assert torch.cpu._is_amx_tile_supported() in (True, False)
 
 
 def test_validation_gives_nats_by_kind_and_bits_per_byte(tokenizer, layout, documents, alone):
@@ -242,7 +243,7 @@ def test_training_on_drawn_latents_uses_exactly_the_sampled_ids(layout, alone):
     ids = [*tokenizer.encode(" a"), *tokenizer.encode("b")]
     chunk = {"suffix": "a", "latent": tokenizer.decode(ids), "latent_ids": ids}
     document = encode_document(0, {"text": "a", "chunks": [chunk]}, tokenizer)
-    batch = next(training_batches([document], layout, Recipe(1, 16, layout="prior"), Position(), alone))
+    batch = next(training_batches([document], layout, Recipe(16, 16, layout="prior"), Position(), alone))
     assert batch.mine.targets[0][batch.mine.kinds[0] == LATENT].tolist() == ids and batch.num_latent == 2
 
 
