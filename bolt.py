@@ -18,13 +18,12 @@ baselines run beside the loop, in a second process.
 import itertools
 import json
 import math
+import multiprocessing
 import os
-import subprocess
 import sys
 import threading
 import time
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -35,25 +34,23 @@ from data.alchemy.world import World
 from data.corpus import Document, encode_corpus, make_embedded, observed_places, read_corpus, texts_of
 from data.layout import Layout
 from data.loader import Position, score_sequences, training_batches
-from data.report import HeldOut, mean, model_rows, models_table, per_unit, read_records, rounds_table, verdicts
-from data.run import Ranks, open_run, option, parse_config, require_positive, script, start_ranks, write_whole
+from data.report import mean, model_rows, models_table, per_unit, read_records, rounds_table, verdicts
+from data.run import Ranks, open_run, option, parse_config, require_positive, script, sha256_of, start_ranks, write_whole
 from data.tokens import Tokenizer, tokenizer_for
 from model import GPT
-from sample_latents import Evidence, SampleConfig, complete, e_step, importance_bound, infer
+from sample_latents import Evidence, SampleConfig, complete, e_step, importance_bound, infer, think_and_answer
 from train import TrainConfig, TrainState, train
 
 # ---- config ----------------------------------------------------------------------------------------------------
 
 ARMS = {"warm": "warm start on gold", "em": "EM", "k1": "EM, K = 1: no weighing", "k4": "EM, K = 4",
         "gold_plus_raw": "gold + raw as no-thought, no E-step", "raw_observed": "raw text, same observed tokens",
-        "raw_m_step": "raw text, FLOPs of one M-step", "oracle": "oracle: true thoughts for all",
+        "raw_m_step": "raw text, FLOPs of one trained model", "oracle": "oracle: true thoughts for all",
         "raw_total": "raw text, FLOPs of the whole loop", "warm_long": "warm start, FLOPs of the whole loop"}
 # What this process does, and what a second one does beside it; a phase needs what the phases before it made.
 PHASES = ((("warm",), ("raw_m_step",)),
           (("em", "k4"), ("k1", "gold_plus_raw", "raw_observed", "oracle")),
           (("raw_total",), ("warm_long",)))
-WORK = {"warm": 30, "em": 100, "k1": 60, "k4": 75, "gold_plus_raw": 40, "raw_observed": 18, "raw_m_step": 36, "oracle": 12,
-        "raw_total": 115, "warm_long": 115}     # what each took, of the same unit of time, to tell how much is left
 
 
 @dataclass(frozen=True)
@@ -100,21 +97,20 @@ class Lab:
     ranks: Ranks
     folder: Path
     tokenizer: Tokenizer
+    layout: Layout
     corpora: dict[str, list[Document]]
     world: World | None
 
-    @cached_property
-    def layout(self) -> Layout:
-        return Layout(self.tokenizer)
 
-
-def check_corpus(config: BoltConfig, names: list[str]) -> None:
-    """Raise FileNotFoundError or ValueError for what would only show up late."""
-    for name in ("gold", "raw", "held_out") if config.data else ():
-        if not os.path.isfile(f"{config.data}/{name}.jsonl"):
-            raise FileNotFoundError(f"--data {config.data} has no {name}.jsonl; its prepare.py writes it")
+def check_corpus(config: BoltConfig, names: list[str]) -> str:
+    """Hashes of a prepared corpus. Raises FileNotFoundError or ValueError for what would only show up late."""
     if {"raw_total", "warm_long"} & set(names) and "em" not in names:
         raise ValueError("--arms raw_total and warm_long get the FLOPs of the loop, so name em too")
+    paths = [Path(config.data, f"{name}.jsonl") for name in ("gold", "raw", "held_out") if config.data]
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"--data {config.data} has no {path.name}; its prepare.py writes it")
+    return " ".join(sha256_of(path)[:16] for path in paths)
 
 
 def open_lab(config: BoltConfig, ranks: Ranks) -> Lab:
@@ -129,8 +125,11 @@ def open_lab(config: BoltConfig, ranks: Ranks) -> Lab:
     texts = texts_of([record for part in records.values() for record in part], config.encoding)
     tokenizer = tokenizer_for(texts, config.encoding)
     corpora = {name: encode_corpus(part, tokenizer) for name, part in records.items()}
+    corpora["held_out"] = [document for document in corpora["held_out"] if observed_places([document])]
+    if not corpora["held_out"]:
+        raise ValueError(f"{paths['held_out']} has no text to predict; every chunk is given, or empty")
     world_file = folder / "world.json"
-    return Lab(config, ranks, folder, tokenizer, corpora, World.from_json(world_file.read_text()) if world_file.exists() else None)
+    return Lab(config, ranks, folder, tokenizer, Layout(tokenizer), corpora, World.from_json(world_file.read_text()) if world_file.exists() else None)
 
 
 # ---- evaluate --------------------------------------------------------------------------------------------------
@@ -138,16 +137,19 @@ def open_lab(config: BoltConfig, ranks: Ranks) -> Lab:
 def evaluate(lab: Lab, model: GPT, thinks: bool, weigh: bool = True) -> dict:
     """Everything measured of a model on held-out documents; lists have an entry per document.
 
-    correct: greedy answer right (a model that thinks writes its thought first); correct_direct: without a thought.
+    tokens, bytes: observed; hidden: facts it needs that no gold thought states, None in other corpora. correct, in corpora
+    with answers: greedy answer right (a model that thinks writes its thought first); correct_direct: without a thought.
     nll: nats of the observed text, positive: minus the K-sample bound of a model that thinks, else exact; None where
     every draw was unfinished. known: share of hidden facts that a majority of their probes shows. With weigh=False
     the draws are left out.
     """
-    held_out, scores = lab.corpora["held_out"], {}
-    scores["correct_direct"] = answers_right(lab, model, held_out, "no_thought" if thinks else "raw")
-    scores["nll_direct"] = direct_nll_per_document(lab, model, no_thought=thinks)
-    scores["correct"] = answers_right(lab, model, held_out, "thought") if thinks else scores["correct_direct"]
-    scores["nll"] = scores["nll_direct"]
+    held_out = lab.corpora["held_out"]
+    scores = {"tokens": [observed_tokens(document) for document in held_out], "bytes": [observed_bytes(document) for document in held_out],
+              "hidden": [document.record.get("hidden") for document in held_out]}
+    scores["nll"] = scores["nll_direct"] = direct_nll_per_document(lab, model, no_thought=thinks)
+    if "answer" in held_out[0].record:
+        scores["correct_direct"] = answers_right(lab, model, held_out, "no_thought" if thinks else "raw")
+        scores["correct"] = answers_right(lab, model, held_out, "thought") if thinks else scores["correct_direct"]
     if "probes" in lab.corpora:
         right: dict[tuple, list[bool]] = {}
         probes = lab.corpora["probes"]
@@ -164,20 +166,24 @@ def evaluate(lab: Lab, model: GPT, thinks: bool, weigh: bool = True) -> dict:
     return scores
 
 
-def answers_right(lab: Lab, model: GPT, documents: list[Document], mode: str) -> list[bool]:
-    """Whether the greedy answer in the last chunk is the document's. mode: thought, no_thought or raw.
+def observed_tokens(document: Document) -> int:
+    return sum(len(chunk.suffix) for chunk in document.chunks if not chunk.given)
 
-    A thought that reaches the cap is closed there, since an answer is wanted all the same.
-    """
-    layout, places = lab.layout, [(document, len(document.chunks) - 1) for document in documents]
+
+def observed_bytes(document: Document) -> int:
+    return sum(len(chunk["suffix"].encode()) for chunk in document.record["chunks"] if not chunk.get("given"))
+
+
+def answers_right(lab: Lab, model: GPT, documents: list[Document], mode: str) -> list[bool]:
+    """Whether the greedy answer in the last chunk is the document's. mode: thought, no_thought or raw."""
+    layout, sample, places = lab.layout, lab.config.sample, [(document, len(document.chunks) - 1) for document in documents]
+    longest = max(len(document.chunks[c].suffix) for document, c in places) + 2
     if mode == "thought":
         prompts = [layout.prior_prompt(*place) for place in places]
-        thoughts = complete(model, layout, prompts, [layout.eol], lab.config.sample.max_latent_tokens, lab.config.sample.slots)
-        prompts = [prompt + thought + [layout.eol] for prompt, thought in zip(prompts, thoughts)]
+        _, answers = think_and_answer(model, layout, prompts, sample.max_latent_tokens, longest, sample.slots)
     else:
         prompts = [layout.direct_prompt(*place, no_thought=mode == "no_thought") for place in places]
-    longest = max(len(document.chunks[c].suffix) for document, c in places)
-    answers = complete(model, layout, prompts, [layout.eos, layout.sol], longest + 2, lab.config.sample.slots)
+        answers = complete(model, layout, prompts, [layout.eos, layout.sol], longest, sample.slots)
     return [final_answer(layout.tokenizer.decode(ids)) == document.record.get("answer")
             for ids, document in zip(answers, documents)]
 
@@ -204,25 +210,23 @@ def per_document(places, values: list[float]) -> list[float | None]:
 
 
 def bounds(places, evidence: Evidence) -> dict:
-    """K-sample bounds from the same draws, taken in groups of K; means over what is finite, nats per chunk."""
-    log_w = evidence.log_weights                                                              # (N, K)
-    scores = {"nll": per_document(places, (-importance_bound(log_w)).tolist()),
-              "chunk_tokens": mean(len(document.chunks[c].suffix) for document, c in places),
-              "elbo_finished": log_w[evidence.finished].mean().item(),
-              "unfinished": 1 - evidence.finished.float().mean().item()}
-    for draws in (4, log_w.shape[1]):
+    """K-sample bounds from the same draws, taken in groups of K, as nats of a document, positive; and the elbo of the draws
+    that finished, per observed token."""
+    log_w, finished = evidence.log_weights, evidence.finished                                 # (N, K)
+    tokens = torch.tensor([len(document.chunks[c].suffix) for document, c in places])[:, None]
+    scores = {"elbo_per_token": (log_w[finished].sum() / (tokens * finished).sum()).item(), "unfinished": 1 - finished.float().mean().item()}
+    for draws in {4, log_w.shape[1]}:
         if log_w.shape[1] % draws == 0:
-            bound = importance_bound(log_w.view(-1, draws))
-            scores[f"bound_{draws}"] = bound[bound > -math.inf].mean().item()
-    return scores
+            groups = importance_bound(log_w.view(len(log_w), -1, draws))                      # (N, K / draws)
+            scores[f"nll_by_{draws}"] = per_document(places, (-groups.mean(dim=-1)).tolist())
+    return scores | {"nll": scores[f"nll_by_{log_w.shape[1]}"]}
 
 
 def thought_quality(lab: Lab, places, evidence: Evidence) -> dict:
     """Against the exact posterior of the world: the share of valid thoughts among the draws and after resampling, and the
     mean total variation distance of the draws, then of the weighed draws, to the posterior."""
-    weights = evidence.log_weights.where(evidence.finished.any(-1, keepdim=True), 0.0).softmax(-1)
     marks = []
-    for (document, c), latents, after in zip(places, evidence.latents, weights.tolist()):
+    for (document, c), latents, after in zip(places, evidence.latents, evidence.weights.tolist()):
         prefix, suffix = document.record["chunks"][0]["suffix"], document.record["chunks"][c]["suffix"]
         thoughts = [lab.tokenizer.decode(latent) for latent in latents]
         marks.append([*lab.world.grade(prefix, suffix, thoughts, [1 / len(thoughts)] * len(thoughts)),
@@ -257,8 +261,8 @@ def measured(lab: Lab, name: str, passes: float, score) -> None:
         record = {"passes": passes} | score()
         write_whole(path, json.dumps(record))
         known = f", hidden facts known {record['known']:.2f}" if "known" in record else ""
-        nats = per_unit(record["nll"], [observed_tokens(document) for document in lab.corpora["held_out"]])
-        lab.ranks.say(f"  {name:24s} accuracy {mean(record['correct']):.3f}, {nats:.3f} nats per observed token{known}")
+        accuracy = f"accuracy {mean(record['correct']):.3f}, " if "correct" in record else ""
+        lab.ranks.say(f"  {name:24s} {accuracy}{per_unit(record['nll'], record['tokens']):.3f} nats per observed token{known}")
     lab.ranks.barrier()
 
 
@@ -326,14 +330,15 @@ def steps_of_budget(lab: Lab, arm: str, documents: list[Document], config: Train
         return round(one_model * gold_tokens / tokens)
     if arm == "gold_plus_raw":
         return lab.config.rounds * lab.config.train.steps       # as many as all M-steps together
-    return round(loop_passes(lab) / 3 / tokens)                 # raw_total, warm_long
+    loop = Path(lab.config.out, f"em/round_{lab.config.rounds}/step_last.json")         # of raw_total, warm_long
+    return round(json.loads(loop.read_text())["passes"] / 3 / tokens)
 
 
 def oracle(lab: Lab) -> None:
     """An M-step on the true thoughts: the ceiling of what any E-step could reach."""
-    base, _ = warm_start(lab)
+    base, before = warm_start(lab)
     model, state = fit(lab, lab.corpora["oracle"], m_step(lab, 0), "oracle", base)
-    measured(lab, "oracle/step_last", 3 * state.tokens, lambda: evaluate(lab, model, thinks=True))
+    measured(lab, "oracle/step_last", 3 * (before.tokens + state.tokens), lambda: evaluate(lab, model, thinks=True))
 
 
 def per_step(lab: Lab, documents: list[Document], config: TrainConfig) -> tuple[float, float]:
@@ -341,14 +346,6 @@ def per_step(lab: Lab, documents: list[Document], config: TrainConfig) -> tuple[
     batches = training_batches(documents, lab.layout, config, Position(), lab.ranks)
     pairs = [(batch.num_tokens, batch.num_observed) for batch in itertools.islice(batches, 20)]
     return mean(a for a, b in pairs), mean(b for a, b in pairs)
-
-
-def loop_passes(lab: Lab) -> float:
-    """What the whole loop took, warm start and E-steps included."""
-    path = Path(f"{lab.config.out}/em/round_{lab.config.rounds}/step_last.json")
-    if not path.exists():
-        raise ValueError(f"a baseline with the FLOPs of the whole loop needs {path}; run --arms em first")
-    return json.loads(path.read_text())["passes"]
 
 
 def run_arm(lab: Lab, arm: str) -> None:
@@ -362,41 +359,13 @@ def run_arm(lab: Lab, arm: str) -> None:
         baseline(lab, arm)
 
 
-def run_arms(lab: Lab, names: list[str], work: "Work") -> None:
-    for name in names:
-        if name != "oracle" or name in lab.corpora:
-            lab.ranks.say(f"{ARMS[name]} [{name}]{work.left()}")
-            run_arm(lab, name)
-        work.finish(name)
-
-
-class Work:
-    """How much of what this process has to do is done, to tell how long the rest takes."""
-
-    def __init__(self, names: list[str]):
-        self.start, self.todo, self.done = time.time(), sum(WORK[name] for name in names), 0
-
-    def finish(self, name: str) -> None:
-        self.done += WORK[name]
-
-    def left(self) -> str:
-        elapsed = time.time() - self.start
-        return f": {elapsed:.0f} s gone, about {elapsed * (self.todo - self.done) / self.done:.0f} s left" if self.done else ""
+def run_arms(lab: Lab, names: list[str]) -> None:
+    for number, name in enumerate(names, 1):
+        lab.ranks.say(f"{number}/{len(names)} {ARMS[name]} [{name}]")
+        run_arm(lab, name)
 
 
 # ---- report ----------------------------------------------------------------------------------------------------
-
-def held_out_facts(lab: Lab) -> HeldOut:
-    documents = lab.corpora["held_out"]
-    observed = [[chunk for chunk in document.record["chunks"] if not chunk.get("given")] for document in documents]
-    return HeldOut([observed_tokens(document) for document in documents],
-                   [sum(len(chunk["suffix"].encode()) for chunk in chunks) for chunks in observed],
-                   [document.record.get("hidden") for document in documents])
-
-
-def observed_tokens(document: Document) -> int:
-    return sum(len(chunk.suffix) for chunk in document.chunks if not chunk.given)
-
 
 def floors(lab: Lab) -> str:
     """What can be had without learning, and what cannot be beaten."""
@@ -428,16 +397,16 @@ def model_labels(config: BoltConfig) -> dict[str, str]:
 
 def report(lab: Lab) -> str:
     """Write report.json (the figures of every model) and report.md: the tables, what they show, how they were made."""
-    config, records, held_out = lab.config, read_records(lab.config.out), held_out_facts(lab)
+    config, records = lab.config, read_records(lab.config.out)
     run = json.loads(Path(f"{config.out}/config.json").read_text())
-    rows = model_rows(records, model_labels(config), held_out)
+    rows = model_rows(records, model_labels(config))
     lines = ["# nanoBoLT: EM over latent thoughts", "", *models_table([rows]), ""]
     if lab.world:
         lines += [floors(lab), ""]
-    for verdict in verdicts(records, held_out, config.sample.num_latents):
+    for verdict in verdicts(records, config.sample.num_latents):
         lines.append(f"* **{'shown' if verdict.shown else 'NOT SHOWN'}** {verdict.claim}: {verdict.why}")
-    lines += ["", *rounds_table(records, held_out), "",
-              f"Accuracy: greedy answers on {len(held_out.tokens)} held-out documents. Nats per token, bits per byte: of the observed "
+    lines += ["", *rounds_table(records), "",
+              f"Accuracy: greedy answers on {len(lab.corpora['held_out'])} held-out documents. Nats per token, bits per byte: of the observed "
               f"text, exact for raw models, minus the {config.bound_draws}-sample bound for models that think. Compute: forward "
               "and backward passes, E-steps counted, relative to the whole loop. Of a baseline that is evaluated several times "
               "its best figure stands, its exact nats without a thought included. ± is one standard error over documents.",
@@ -450,54 +419,41 @@ def report(lab: Lab) -> str:
 
 # ---- main ------------------------------------------------------------------------------------------------------
 
-def start_beside(config: BoltConfig, names: list[str]) -> subprocess.Popen | None:
-    """A second process that runs some arms in the same run folder; its progress bars go to beside.log, its lines here."""
-    if not names:
-        return None
-    code = "import bolt, data.run; data.run.script(bolt.run_beside)"
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    return subprocess.Popen([sys.executable, "-c", code, f"{config.out}/config.json", config.device, *names],
-                            env=environment, stdin=subprocess.PIPE, stderr=open(f"{config.out}/beside.log", "a"))
-
-
-def run_beside(argv) -> None:
-    """What the second process does. It ends with the first, whose death closes the pipe to it."""
-    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
-    config_file, device, *names = argv
-    config = parse_config(BoltConfig(), ["--config", config_file, "--device", device], "")
+def run_beside(config: BoltConfig, names: list[str]) -> None:
+    """Some arms in a second process, which ends with the first; its progress bars go to beside.log, its lines where all go."""
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    sys.stderr = open(f"{config.out}/beside.log", "a", buffering=1)
     torch.set_num_threads(max(1, os.cpu_count() // 2))
-    run_arms(open_lab(config, start_ranks(device)), names, Work(names))
+    script(lambda argv: run_arms(open_lab(config, start_ranks(config.device)), names))
 
 
-def run_phase(lab: Lab, mine: list[str], beside: list[str], two: bool, work: Work) -> None:
-    """Run some arms here and some beside them, or all here."""
-    process = start_beside(lab.config, beside) if two else None
-    try:
-        run_arms(lab, mine if two else mine + beside, work)
-        if process and process.wait():
+def run_phase(lab: Lab, mine: list[str], beside: list[str]) -> None:
+    """Run some arms here, and some beside them."""
+    process = multiprocessing.get_context("spawn").Process(target=run_beside, args=(lab.config, beside), daemon=True)
+    if beside:
+        process.start()
+    run_arms(lab, mine)
+    if beside:
+        process.join()
+        if process.exitcode:
             raise ValueError(f"a baseline failed; {lab.config.out}/beside.log says why")
-    finally:
-        if process:
-            process.terminate()
-            process.wait()
 
 
 def main(argv=None) -> None:
-    config = parse_config(BoltConfig(), argv, __doc__)
+    config, start = parse_config(BoltConfig(), argv, __doc__), time.time()
     names, ranks = config.arm_names, start_ranks(config.device)
-    check_corpus(config, names)
-    open_run(config.out, config, ranks)
+    open_run(config.out, config, ranks, data_sha256=check_corpus(config, names))
     lab = open_lab(config, ranks)
     wanted = 2 if ranks.device.type == "cpu" and os.cpu_count() > 1 else 1
     two = ranks.world == 1 and (config.processes or wanted) == 2
     if two:
         torch.set_num_threads(max(1, os.cpu_count() // 2))
     ranks.say(f"{config.out}: {', '.join(f'{len(d)} {name}' for name, d in lab.corpora.items())} documents, {ranks.device}")
-    work = Work([name for mine, beside in PHASES for name in (mine if two else mine + beside) if name in names])
-    for mine, beside in PHASES:
-        run_phase(lab, [name for name in mine if name in names], [name for name in beside if name in names], two, work)
+    for phase in PHASES:
+        mine, beside = ([name for name in part if name in names and (name != "oracle" or name in lab.corpora)] for part in phase)
+        run_phase(lab, mine if two else mine + beside, beside if two else [])
     if ranks.main:
-        ranks.say(f"\n{report(lab)}\n\n{config.out}/report.md, after {time.time() - work.start:.0f} s")
+        ranks.say(f"\n{report(lab)}\n\n{config.out}/report.md, after {time.time() - start:.0f} s")
 
 
 if __name__ == "__main__":

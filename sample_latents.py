@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data.corpus import Document, naming_the_line, numbered_lines, read_document, stream_corpus
+from data.corpus import Chunk, Document, naming_the_line, numbered_lines, read_document, stream_corpus
 from data.layout import Layout, Sequence
 from data.loader import length_batches, padded
 from data.report import show_chunk, summarize
@@ -384,6 +384,15 @@ def complete(model: GPT, layout: Layout, prompts: list[list[int]], ends: list[in
                     banned=vocabulary_mask(model, *others), slots=slots, greedy=True).ids
 
 
+def think_and_answer(model: GPT, layout: Layout, prompts: list[list[int]], thought_tokens: int, answer_tokens: int,
+                     slots: int = 512) -> tuple[list[list[int]], list[list[int]]]:
+    """The greedy thought after each prior prompt, and the greedy text after that. A thought that reaches its cap is closed there,
+    since an answer is wanted all the same."""
+    thoughts = complete(model, layout, prompts, [layout.eol], thought_tokens, slots)
+    prompts = [[*prompt, *thought, layout.eol] for prompt, thought in zip(prompts, thoughts)]
+    return thoughts, complete(model, layout, prompts, [layout.eos, layout.sol], answer_tokens, slots)
+
+
 def score_joint(model: GPT, layout: Layout, places: list[Place], latents: list[list[list[int]]], batch_tokens: int,
                 finished: Tensor | None = None) -> tuple[Tensor, int]:
     """log p(z, x | C) of K thoughts for each of N chunks, (N, K) float32 nats, and the tokens that went through the model.
@@ -479,6 +488,17 @@ class Evidence:
     def finished(self) -> Tensor:
         return self.log_joint > -math.inf
 
+    @property
+    def usable(self) -> Tensor:
+        """Whether a draw of the chunk finished, (N,); where none did the chunk stays plain."""
+        return self.finished.any(dim=-1)
+
+    @property
+    def weights(self) -> Tensor:
+        """Normalised over the draws of a chunk, (N, K); all 0 where none finished."""
+        usable = self.usable[:, None]
+        return self.log_weights.where(usable, 0.0).softmax(dim=-1).where(usable, 0.0)
+
 
 def infer(model: GPT, layout: Layout, places: list[Place], config: SampleConfig, round: int,
           progress=lambda draws, tokens: None) -> Evidence:
@@ -506,10 +526,8 @@ def annotate(places: list[Place], evidence: Evidence, tokenizer: Tokenizer, conf
     """What the E-step writes for each chunk: the kept latent and the evidence to recompute the choice."""
     uniforms = torch.stack([uniform_numbers(config.seed, "resample", (round, document.index, c), ())
                             for document, c in places])                                       # (N,)
-    log_weights = evidence.log_weights
-    usable = evidence.finished.any(dim=-1)                      # else every draw is unfinished: the chunk stays plain
-    weights = log_weights.where(usable[:, None], 0.0).softmax(dim=-1).where(usable[:, None], 0.0)
-    kept, ess, bound = resample(weights, uniforms), effective_sample_size(weights), importance_bound(log_weights)
+    weights, usable = evidence.weights, evidence.usable
+    ess, bound, kept = effective_sample_size(weights), importance_bound(evidence.log_weights), resample(weights, uniforms)
     annotations = []
     for n, latents in enumerate(evidence.latents):
         ids = latents[kept[n]] if usable[n] else None
@@ -561,9 +579,8 @@ class Progress:
         self.bar.set_postfix_str(f"{rate:,.0f} sampled tokens/s{self.ess}", refresh=False)
 
     def block_done(self, chunks: int, evidence: Evidence) -> None:
-        weights = evidence.log_weights[evidence.finished.any(dim=-1)].softmax(dim=-1)
         self.chunks, self.tokens = self.chunks + chunks, self.tokens + evidence.cost["sampled"]
-        self.ess = f", ess {effective_sample_size(weights).mean():.1f}"
+        self.ess = f", ess {effective_sample_size(evidence.weights[evidence.usable]).mean():.1f}"
         self.bar.update(self.chunks - self.bar.n)
 
 
@@ -645,9 +662,8 @@ def show(model: GPT, tokenizer: Tokenizer, config: "MainConfig") -> Iterator[str
 def think(model: GPT, tokenizer: Tokenizer, config: "MainConfig") -> str:
     """The most likely thought after --prompt, token by token, and the most likely text after that."""
     layout, text = Layout(tokenizer), re.sub(r"\s+([,.;:!?])", r"\1", config.prompt)      # "fire , salt" is "fire, salt"
-    prompt = [layout.bos, *tokenizer.encode(text), layout.sol, layout.prior]
-    [thought] = complete(model, layout, [prompt], [layout.eol], config.max_latent_tokens)
-    [answer] = complete(model, layout, [[*prompt, *thought, layout.eol]], [layout.eos, layout.sol], config.max_latent_tokens)
+    document = Document(0, [Chunk(tokenizer.encode(text), given=True)], {})
+    [thought], [answer] = think_and_answer(model, layout, [layout.prior_prompt(document, 1)], *[config.max_latent_tokens] * 2)
     return f"prompt   {text}\nthought  {tokenizer.decode(thought).strip()}\nanswer   {tokenizer.decode(answer).strip()}"
 
 

@@ -3,8 +3,8 @@
     python -m data.report runs/seed0 runs/seed1 runs/seed2        the table over several runs: mean ± standard error
 
 An E-step's figures come from the corpus it wrote, a run's from the evaluations in its folder. A record is the evaluation
-of one model: `correct` and `nll` (nats) have an entry per held-out document, `passes` is what making the model took, in
-forward passes of a token. See `evaluate` in bolt.py.
+of one model: lists have an entry per held-out document, such as its observed `tokens`, `correct` (only in corpora with
+answers) and `nll` (nats); `passes` is what making the model took, in forward passes of a token. See `evaluate` in bolt.py.
 """
 import json
 import math
@@ -69,17 +69,6 @@ def show_chunk(layout, place, annotation: dict) -> str:
     return "\n".join(lines)
 
 
-# ---- a run -----------------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class HeldOut:
-    """What the report knows of the held-out documents, an entry each: observed tokens and bytes, hidden facts needed
-    (None for corpora without)."""
-    tokens: list[int]
-    bytes: list[int]
-    hidden: list[int | None]
-
-
 # ---- statistics ------------------------------------------------------------------------------------------------
 
 def mean(values) -> float:
@@ -109,13 +98,9 @@ def per_unit(nll: list, units: list[int]) -> float:
     return sum(value for value, _ in pairs) / sum(unit for _, unit in pairs) if pairs else math.nan
 
 
-def negative(nll: list) -> list:
-    return [None if value is None else -value for value in nll]
-
-
-def where_hidden(record: dict, held_out: HeldOut) -> list[bool]:
+def where_hidden(record: dict) -> list[bool]:
     """Right or wrong on the documents that need a hidden fact."""
-    return [right for right, hidden in zip(record["correct"], held_out.hidden) if hidden]
+    return [right for right, hidden in zip(record["correct"], record["hidden"]) if hidden]
 
 
 # ---- records ---------------------------------------------------------------------------------------------------
@@ -128,7 +113,7 @@ def read_records(out: str) -> dict[str, dict]:
         best = records.setdefault(str(path.parent.relative_to(out)), record)
         best["passes"] = max(best["passes"], record["passes"])
         best["known"] = max(best.get("known", 0.0), record.get("known", 0.0))
-        for name in ("correct", "correct_direct"):
+        for name in {"correct", "correct_direct"} & record.keys():
             best[name] = max(best[name], record[name], key=sum)
         for name in ("nll", "nll_direct"):
             best[name] = min(best[name], record[name], key=lambda nll: mean(x for x in nll if x is not None))
@@ -150,7 +135,7 @@ class Verdict:
     why: str
 
 
-def verdicts(records: dict[str, dict], held_out: HeldOut, num_latents: int) -> list[Verdict]:
+def verdicts(records: dict[str, dict], num_latents: int) -> list[Verdict]:
     """What the run shows, decided by rules that know no figures; a claim whose arms did not run is left out.
 
     A figure beats another where the mean of the paired differences over held-out documents exceeds three of its standard
@@ -164,14 +149,15 @@ def verdicts(records: dict[str, dict], held_out: HeldOut, num_latents: int) -> l
     if raws:
         found.append(beats_all("C1 latents beat raw text at every budget", last, raws))
     controls = [records[arm] for arm in ("warm", "warm_long", "gold_plus_raw") if arm in records]
-    if any(held_out.hidden):
-        found.append(learns_hidden_facts(last, controls, held_out))
+    if any(last["hidden"]):
+        found.append(learns_hidden_facts(last, controls))
     found.append(rounds_improve(rounds))
     for arm in sorted(name for name in records if name.startswith(("k1/", "k4/"))):
         draws = int(arm[1])
         if arm.endswith(f"round_{len(rounds) - 1}") and draws < num_latents:
-            ok, text = better(last["correct"], records[arm]["correct"])
-            found.append(Verdict(f"C4 K = {num_latents} beats K = {draws}", ok, f"accuracy {text}"))
+            (name, ours), theirs = next(iter(figures(last).items())), figures(records[arm])
+            ok, text = better(ours, theirs[name])
+            found.append(Verdict(f"C4 K = {num_latents} beats K = {draws}", ok, f"{name} {text}"))
     if "valid_before" in last:
         shares = [(record["valid_before"], record["valid_after"]) for record in rounds]
         found.append(Verdict("C5 resampling improves the thoughts, for every model", all(a < b for a, b in shares),
@@ -179,43 +165,51 @@ def verdicts(records: dict[str, dict], held_out: HeldOut, num_latents: int) -> l
     return found
 
 
+def figures(record: dict) -> dict[str, list]:
+    """What models are compared in, document by document: the more the better."""
+    accuracy = {"accuracy": record["correct"]} if "correct" in record else {}
+    return accuracy | {"nats per document": [None if nll is None else -nll for nll in record["nll"]]}
+
+
 def beats_all(claim: str, ours: dict, others: list[dict]) -> Verdict:
-    accuracy = [better(ours["correct"], other["correct"]) for other in others]
-    nats = [better(negative(ours["nll"]), negative(other["nll"])) for other in others]
-    return Verdict(claim, all(ok for ok, _ in accuracy + nats), f"accuracy {', '.join(text for _, text in accuracy)}; "
-                   f"nats per document {', '.join(text for _, text in nats)}")
+    found = {name: [better(values, figures(other)[name]) for other in others] for name, values in figures(ours).items()}
+    return Verdict(claim, all(ok for results in found.values() for ok, _ in results),
+                   "; ".join(f"{name} {', '.join(text for _, text in results)}" for name, results in found.items()))
 
 
-def learns_hidden_facts(last: dict, controls: list[dict], held_out: HeldOut) -> Verdict:
-    hidden = [better(where_hidden(last, held_out), where_hidden(control, held_out)) for control in controls]
+def learns_hidden_facts(last: dict, controls: list[dict]) -> Verdict:
+    hidden = [better(where_hidden(last), where_hidden(control)) for control in controls]
     return Verdict("C2 EM learns what no gold thought states", all(ok for ok, _ in hidden),
                    f"accuracy where a hidden fact is needed {', '.join(text for _, text in hidden)}; hidden facts known "
                    f"{last['known']:.2f} against {max(control['known'] for control in controls):.2f}")
 
 
 def rounds_improve(rounds: list[dict]) -> Verdict:
-    steps = [better(b["correct"], a["correct"], -1) for a, b in zip(rounds, rounds[1:])]
-    bounds = [better(negative(b["nll"]), negative(a["nll"]), -1) for a, b in zip(rounds, rounds[1:])]
-    ends = [better(rounds[-1]["correct"], rounds[0]["correct"]), better(negative(rounds[-1]["nll"]), negative(rounds[0]["nll"]))]
-    return Verdict("C3 rounds improve, in accuracy and in the bound", all(ok for ok, _ in [*steps, *bounds, *ends]),
-                   f"last against first: accuracy {ends[0][1]}, nats per document {ends[1][1]}; "
-                   f"each round: accuracy {', '.join(text for _, text in steps)}, nats {', '.join(text for _, text in bounds)}")
+    shown, why = True, []
+    for name in figures(rounds[0]):
+        values = [figures(record)[name] for record in rounds]
+        end, steps = better(values[-1], values[0]), [better(after, before, -1) for before, after in zip(values, values[1:])]
+        shown = shown and all(ok for ok, _ in [end, *steps])
+        why.append(f"{name} {end[1]}, by rounds {', '.join(text for _, text in steps)}")
+    return Verdict("C3 rounds improve: the last beats the first, none is clearly worse than the one before", shown, "; ".join(why))
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------
 
-def model_rows(records: dict[str, dict], labels: dict[str, str], held_out: HeldOut) -> dict[str, dict[str, float]]:
+def model_rows(records: dict[str, dict], labels: dict[str, str]) -> dict[str, dict[str, float]]:
     """The figures of every model, by its label; compute relative to the whole loop."""
     loop, rows = rounds_of(records)[-1]["passes"], {}
     for name, label in labels.items():
         if name in records:
-            record = records[name]
-            row = {"accuracy": mean(record["correct"])}
-            if any(held_out.hidden):
-                row |= {"needs a hidden fact": mean(where_hidden(record, held_out)), "hidden facts known": record["known"]}
-            rows[label] = row | {"without a thought": mean(record["correct_direct"]),
-                                 "nats per token": per_unit(record["nll"], held_out.tokens),
-                                 "bits per byte": per_unit(record["nll"], held_out.bytes) / math.log(2),
+            record, row = records[name], {}
+            if "correct" in record:
+                row["accuracy"] = mean(record["correct"])
+            if any(record["hidden"]):
+                row |= {"needs a hidden fact": mean(where_hidden(record)), "hidden facts known": record["known"]}
+            if "correct" in record:
+                row["without a thought"] = mean(record["correct_direct"])
+            rows[label] = row | {"nats per token": per_unit(record["nll"], record["tokens"]),
+                                 "bits per byte": per_unit(record["nll"], record["bytes"]) / math.log(2),
                                  "compute": record["passes"] / loop}
     return rows
 
@@ -233,22 +227,20 @@ def models_table(runs: list[dict[str, dict[str, float]]]) -> list[str]:
     return lines
 
 
-def rounds_table(records: dict[str, dict], held_out: HeldOut) -> list[str]:
+def rounds_table(records: dict[str, dict]) -> list[str]:
     """Markdown: thoughts on held-out documents, by round, and the E-step that led to each model."""
-    last, graded = rounds_of(records)[-1], "valid_before" in rounds_of(records)[-1]
-    largest = max(int(name.split("_")[1]) for name in last if name.startswith("bound_"))
-    rows = [f"| round | nats per token: elbo | K = 4 | K = {largest} | no thought | "
+    rounds = rounds_of(records)
+    graded, bounds = "valid_before" in rounds[-1], [name for name in rounds[-1] if name.startswith("nll_by_")]
+    rows = [f"| round | nats per token: elbo | {' | '.join(f'K = {name[7:]}' for name in bounds)} | no thought | "
             + "valid thoughts | distance to the posterior | " * graded
-            + "documents left out | E-step: ess | unfinished | thought tokens |", "|---" * (9 + 2 * graded) + "|"]
-    for number, record in enumerate(rounds_of(records)):
-        chunk_tokens = record.get("chunk_tokens", mean(held_out.tokens))
-        nats = [record["elbo_finished"], record.get("bound_4", math.nan), record[f"bound_{largest}"]]
+            + "documents left out | E-step: ess | unfinished | thought tokens |", "|---" * (7 + len(bounds) + 2 * graded) + "|"]
+    for number, record in enumerate(rounds):
+        nats = [-record["elbo_per_token"]] + [per_unit(record[name], record["tokens"]) for name in (*bounds, "nll_direct")]
         marks = (f"{record['valid_before']:.2f} -> {record['valid_after']:.2f} | "
                  f"{record['distance_before']:.2f} -> {record['distance_after']:.2f} | ") if graded else ""
         step = record.get("e_step")
         drawn = f"{step['ess']:.1f} | {step['unfinished']:.3f} | {step['latent_tokens']:.1f} |" if step else "| | |"
-        rows.append(f"| {number or 'warm start'} | {' | '.join(f'{-x / chunk_tokens:.3f}' for x in nats)} | "
-                    f"{per_unit(record['nll_direct'], held_out.tokens):.3f} | {marks}{record['nll'].count(None)} | {drawn}")
+        rows.append(f"| {number or 'warm start'} | {' | '.join(f'{x:.3f}' for x in nats)} | {marks}{record['nll'].count(None)} | {drawn}")
     return rows
 
 
@@ -257,7 +249,10 @@ def main(folders: list[str]) -> None:
     missing = [folder for folder in folders if not Path(folder, "report.json").exists()]
     if missing or not folders:
         sys.exit(f"error: no report.json in {', '.join(missing) or 'no folder'}; name folders of finished runs of bolt.py")
-    print("\n".join(models_table([json.loads(Path(folder, "report.json").read_text()) for folder in folders])))
+    runs = [json.loads(Path(folder, "report.json").read_text()) for folder in folders]
+    if any(run.keys() != runs[0].keys() for run in runs):
+        sys.exit(f"error: the runs have different models; name runs with the same --arms, --rounds and K as {folders[0]}")
+    print("\n".join(models_table(runs)))
 
 
 if __name__ == "__main__":

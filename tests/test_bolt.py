@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -83,6 +84,30 @@ def test_a_run_killed_after_any_stage_continues_to_the_same_report(corpus, finis
 def test_a_run_folder_of_other_settings_is_refused(corpus, finished):
     with pytest.raises(ValueError, match="rounds 1 -> 2"):
         main(["--data", str(corpus), "--out", str(finished), *TINY, "--rounds", "2"])
+
+
+def test_a_prepared_corpus_that_changed_is_refused(corpus, tmp_path):
+    folder, out = tmp_path / "corpus", str(tmp_path / "run")
+    shutil.copytree(corpus, folder)
+    main(["--data", str(folder), "--out", out, "--arms", "warm", *TINY])
+    with open(folder / "raw.jsonl", "a") as file:
+        file.write(json.dumps({"text": "Mix"}) + "\n")
+    with pytest.raises(ValueError, match="data_sha256"):
+        main(["--data", str(folder), "--out", out, "--arms", "warm", *TINY])
+
+
+def test_a_corpus_without_answers_is_measured_in_nats(corpus, tmp_path):
+    """Also where a document has nothing to predict: it is left out."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for name in ("gold", "raw", "held_out"):
+        records = [json.loads(line) for line in (corpus / f"{name}.jsonl").read_text().splitlines()]
+        kept = [{key: record[key] for key in ("text", "chunks")} for record in records]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in [{"text": ""}, *kept]))
+    main(["--data", str(folder), "--out", str(tmp_path / "run"), "--arms", "em,k1,raw_observed", *TINY])
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "| model | nats per token | bits per byte | compute |" in report and "nats per document" in report
+    assert not re.search(r"accuracy [+-]|\bnan\b", report)
 
 
 def test_unknown_arms_are_named(tmp_path):

@@ -3,29 +3,41 @@ import json
 
 import pytest
 
-from data.report import HeldOut, better, gain, main, per_unit, read_records, verdicts
+from data.report import better, gain, main, model_rows, per_unit, read_records, rounds_table, verdicts
 
 
 def test_verdicts_follow_from_the_records():
     """Clearly better rounds are shown, a round that falls back is not, and a strong control takes C2 away."""
     def record(right, nll, known=0.0, before=0.2, after=0.5):
         return {"correct": [i < right for i in range(20)], "correct_direct": [False] * 20, "nll": [nll + 0.01 * (i % 3) for i in range(20)],
-                "nll_direct": [nll] * 20, "passes": 1.0, "known": known, "valid_before": before, "valid_after": after}
+                "nll_direct": [nll] * 20, "hidden": [1] * 20, "passes": 1.0, "known": known, "valid_before": before, "valid_after": after}
 
-    held_out = HeldOut(tokens=[2] * 20, bytes=[5] * 20, hidden=[1] * 20)
     records = {"warm": record(2, 3.0), "em/round_1": record(10, 2.0), "em/round_2": record(20, 1.0, known=1.0), "raw_total": record(4, 2.5),
                "k1/round_2": record(3, 2.8), "warm_long": record(3, 3.0), "gold_plus_raw": record(3, 3.0)}
-    assert all(verdict.shown for verdict in verdicts(records, held_out, 16))
-    assert [v.claim[:2] for v in verdicts(records, held_out, 16)] == ["C1", "C2", "C3", "C4", "C5"]
+    assert all(verdict.shown for verdict in verdicts(records, 16))
+    assert [v.claim[:2] for v in verdicts(records, 16)] == ["C1", "C2", "C3", "C4", "C5"]
 
     def shown(changed):
-        return {verdict.claim[:2]: verdict.shown for verdict in verdicts(records | changed, held_out, 16)}
+        return {verdict.claim[:2]: verdict.shown for verdict in verdicts(records | changed, 16)}
     assert not shown({"em/round_1": record(1, 4.0)})["C3"]
     assert not shown({"raw_total": record(20, 0.5)})["C1"]
     assert not shown({"gold_plus_raw": record(20, 1.0)})["C2"]
     assert not shown({"k1/round_2": record(20, 1.0)})["C4"]
     assert not shown({"em/round_1": record(10, 2.0, before=0.5, after=0.4)})["C5"]
-    assert verdicts({"warm": record(2, 3.0)}, held_out, 16) == []
+    assert verdicts({"warm": record(2, 3.0)}, 16) == []
+
+
+def test_a_corpus_without_answers_is_judged_by_nats():
+    """No claim is lost for want of an accuracy that no one asked for."""
+    def record(nll, by):
+        nll = [nll + 0.01 * (i % 3) for i in range(20)]
+        return {"nll": nll, "nll_direct": nll, "nll_by_4": nll, "tokens": [2] * 20, "bytes": [5] * 20, "hidden": [None] * 20,
+                "passes": 1.0, "elbo_per_token": -by}
+    records = {"warm": record(3.0, 4), "em/round_1": record(1.0, 2), "k1/round_1": record(2.0, 3), "raw_total": record(2.5, 3)}
+    assert [(v.claim[:2], v.shown) for v in verdicts(records, 16)] == [("C1", True), ("C3", True), ("C4", True)]
+    assert not any(v.shown for v in verdicts(records | {"em/round_1": record(3.5, 4)}, 16))
+    assert list(model_rows(records, {"warm": "warm start"})["warm start"]) == ["nats per token", "bits per byte", "compute"]
+    assert rounds_table(records)[-1].startswith("| 1 | 2.000 | 0.505 | 0.505 |")
 
 
 def test_a_gain_is_paired_and_needs_three_standard_errors():
@@ -57,5 +69,9 @@ def test_the_table_over_runs_has_means_and_standard_errors(tmp_path, capsys):
         (tmp_path / name / "report.json").write_text(json.dumps({"warm start on gold": {"accuracy": accuracy}}))
     main([str(tmp_path / "a"), str(tmp_path / "b")])
     assert "| warm start on gold | 0.300 ± 0.100 |" in capsys.readouterr().out
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "report.json").write_text(json.dumps({"warm start on gold": {"accuracy": 0.5}, "EM": {"accuracy": 0.5}}))
+    with pytest.raises(SystemExit, match="different models"):
+        main([str(tmp_path / "a"), str(tmp_path / "c")])
     with pytest.raises(SystemExit, match="no report.json"):
-        main([str(tmp_path / "c")])
+        main([str(tmp_path / "d")])
