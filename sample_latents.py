@@ -67,6 +67,13 @@ class SampleConfig:
 
 # ---- drawing a token -------------------------------------------------------------------------------------------
 
+def vocabulary_mask(model: GPT, ids: list[int]) -> Tensor:
+    """(V,) bool, True at the ids."""
+    mask = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=model.embedding.weight.device)
+    mask[ids] = True
+    return mask
+
+
 def proposal_log_probs(logits: Tensor, temperature: float, banned: Tensor) -> Tensor:
     """log q(next token), (B, V) float32 nats: softmax at a temperature over the ids that are not banned.
 
@@ -298,31 +305,31 @@ class Slots:
 
 
 @torch.inference_mode()
-def generate(model: GPT, prompts: list[list[int]], uniforms: Tensor, *, stop: Tensor, banned: Tensor,
+def generate(model: GPT, prompts: list[list[int]], uniforms: Tensor, *, stop: list[int], banned: list[int],
              temperature: float = 1.0, slots: int = 512, greedy: bool = False, compile: str = "off",
              progress: Callable[[int, int], None] = lambda draws, tokens: None) -> Generated:
-    """Decode K continuations of each of N prompts, until a stop id or for L tokens at most.
+    """Decode K continuations of each of N prompts, until an id of `stop` or for L tokens at most.
 
-    uniforms: (N, K, L), a number for every token that may be drawn. stop, banned: (V,) bool. Each prompt is prefilled
+    uniforms: (N, K, L), a number for every token that may be drawn; none of the ids `banned` is. Each prompt is prefilled
     once for its K draws; `slots` rows decode together. compile: see SampleConfig. progress(draws, tokens) is told how far
     it is before each step.
     """
     check_room(model.config.context, max(map(len, prompts)), uniforms.shape[2])
     device, total = model.embedding.weight.device, uniforms.shape[0] * uniforms.shape[1]
-    stop, banned = stop.to(device), banned.to(device)
+    stops, bans = vocabulary_mask(model, stop), vocabulary_mask(model, banned)
 
     def choose(logits, uniforms):
-        log_q = proposal_log_probs(logits, temperature, banned)                               # (S, V)
+        log_q = proposal_log_probs(logits, temperature, bans)                                 # (S, V)
         token = log_q.argmax(dim=-1) if greedy else inverse_cdf(log_q.exp(), uniforms)
         return token, log_q.gather(1, token[:, None]).squeeze(1)
 
     few_shapes = compile == "on" or compile == "auto" and device.type in RECORDS
-    decode = partial(torch.compile(decode_step, dynamic=True) if compile == "on" else decode_step, choose, stop)
+    decode = partial(torch.compile(decode_step, dynamic=True) if compile == "on" else decode_step, choose, stops)
     rows = Slots(model, prompts, uniforms, slots, decode, few_shapes)
     while rows.refill():
         progress(rows.done, rows.row_steps)
         rows.step()
-    ids, stopped = rows.ids[:total].cpu(), stop[rows.ids[:total]].cpu()
+    ids, stopped = rows.ids[:total].cpu(), stops[rows.ids[:total]].cpu()
     finished = stopped.any(dim=-1)
     lengths = stopped.int().argmax(dim=-1).where(finished, ids.shape[1]).tolist()
     return Generated([row[:n] for row, n in zip(ids.tolist(), lengths)], rows.log_prob[:total].cpu(), finished, rows.row_steps)
@@ -332,13 +339,6 @@ def check_room(context: int, tokens: int, new_tokens: int, what: str = "a prompt
     if tokens + new_tokens > context:
         raise ValueError(f"{what} has {tokens} tokens; with {new_tokens} new ones it exceeds the context of {context}; "
                          "lower --max_latent_tokens, split the chunk, or train with a larger --model.context")
-
-
-def vocabulary_mask(model: GPT, *ids: int) -> Tensor:
-    """(V,) bool, True at the given ids."""
-    mask = torch.zeros(model.config.vocab_size, dtype=torch.bool)
-    mask[list(ids)] = True
-    return mask
 
 
 # ---- propose and score -----------------------------------------------------------------------------------------
@@ -361,6 +361,10 @@ def latent_uniforms(seed: int, round: int, document: int, chunk: int, num_latent
     return torch.cat(blocks, dim=1)[:, :max_tokens]
 
 
+def markers_but(layout: Layout, ids: list[int]) -> list[int]:
+    return [marker for marker in layout.tokenizer.marker.values() if marker not in ids]
+
+
 def propose(model: GPT, layout: Layout, places: list[Place], config: SampleConfig, round: int,
             progress=lambda draws, tokens: None) -> Generated:
     """K thoughts z ~ q(. | x, C) for each of N chunks, and log q of each (log_prob counts z and EOL).
@@ -370,18 +374,15 @@ def propose(model: GPT, layout: Layout, places: list[Place], config: SampleConfi
     uniforms = torch.stack([
         latent_uniforms(config.seed, round, document.index, c, config.num_latents, config.max_latent_tokens)
         for document, c in places])                                                           # (N, K, L)
-    others = [i for i in layout.tokenizer.marker.values() if i != layout.eol]
     prompts = [layout.posterior_prompt(document, c) for document, c in places]
-    return generate(model, prompts, uniforms, stop=vocabulary_mask(model, layout.eol),
-                    banned=vocabulary_mask(model, *others), temperature=config.temperature, slots=config.slots,
-                    compile=config.compile, progress=progress)
+    return generate(model, prompts, uniforms, stop=[layout.eol], banned=markers_but(layout, [layout.eol]),
+                    temperature=config.temperature, slots=config.slots, compile=config.compile, progress=progress)
 
 
 def complete(model: GPT, layout: Layout, prompts: list[list[int]], ends: list[int], max_tokens: int, slots: int = 512) -> list[list[int]]:
     """Greedy continuations of N prompts until one of the markers `ends`, which is left out, or for max_tokens."""
-    others = [i for i in layout.tokenizer.marker.values() if i not in ends]
-    return generate(model, prompts, torch.zeros(len(prompts), 1, max_tokens), stop=vocabulary_mask(model, *ends),
-                    banned=vocabulary_mask(model, *others), slots=slots, greedy=True).ids
+    return generate(model, prompts, torch.zeros(len(prompts), 1, max_tokens), stop=ends, banned=markers_but(layout, ends),
+                    slots=slots, greedy=True).ids
 
 
 def think_and_answer(model: GPT, layout: Layout, prompts: list[list[int]], thought_tokens: int, answer_tokens: int,

@@ -17,7 +17,7 @@ Pieces are encoded apart and their ids concatenated, so training, sampling, scor
 """
 from dataclasses import dataclass, field
 
-from data.corpus import Chunk, Document
+from data.corpus import Document
 from data.tokens import BOS, EOL, EOS, POST, PRIOR, SOL, Tokenizer
 
 GIVEN, MARKER, LATENT, TEXT = range(4)      # the kind of a token; a GIVEN one is seen, but neither trained on nor scored
@@ -62,7 +62,7 @@ class Layout:
             if chunk.given:
                 sequence.add(GIVEN, chunk.suffix)
             elif chunk.latent is None:
-                self.add_plain(sequence, chunk, plain_as)
+                sequence.add(MARKER, [self.sol, self.eol] if plain_as == "no_thought" else []).add(TEXT, chunk.suffix)
             elif coin:
                 sequence.add(MARKER, [self.sol, self.prior])
                 sequence.add(LATENT, chunk.latent).add(MARKER, [self.eol]).add(TEXT, chunk.suffix)
@@ -84,11 +84,6 @@ class Layout:
         for chunk in document.chunks:
             sequence.add(LATENT, chunk.latent or [])
         return sequence.add(MARKER, [self.eos])
-
-    def add_plain(self, sequence: Sequence, chunk: Chunk, plain_as: str) -> None:
-        if plain_as == "no_thought":
-            sequence.add(MARKER, [self.sol, self.eol])
-        sequence.add(TEXT, chunk.suffix)
 
     # E-step
 

@@ -43,17 +43,16 @@ def require_positive(config, *names: str) -> None:
             raise ValueError(f"--{name} {getattr(config, name)} is not allowed; give a number above 0")
 
 
-def flatten(config, prefix: str = "") -> dict:
-    """A config as {flag name: value}: {"steps": 300, "model.width": 64, ...}."""
+def flatten(settings: dict, prefix: str = "") -> dict:
+    """Nested settings as {flag name: value}: {"steps": 300, "model.width": 64, ...}."""
     flat = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        flat |= flatten(value, f"{prefix}{field.name}.") if is_dataclass(value) else {prefix + field.name: value}
+    for name, value in settings.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
 
 
 def rebuild(config, flat: dict, prefix: str = ""):
-    """The config with the values of `flat`; the inverse of `flatten`."""
+    """The config with the values of `flat`, as `flatten` names them."""
     changes = {}
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), prefix + field.name
@@ -61,23 +60,19 @@ def rebuild(config, flat: dict, prefix: str = ""):
     return dataclasses.replace(config, **changes)
 
 
-def converter(kind, name: str):
-    """The function that turns the text of a flag into a value of its type."""
-    if typing.get_origin(kind) is typing.Literal:
-        choices = typing.get_args(kind)
-        read = {str(choice): choice for choice in choices}
-    elif kind is bool:
-        choices, read = ("true", "false"), {"true": True, "false": False}
-    else:
-        choices, read = None, None
+def choices_of(kind) -> dict:
+    """What a setting of a few values may be, by its text; empty where it is free."""
+    return {"true": True, "false": False} if kind is bool else {str(choice): choice for choice in typing.get_args(kind)}
 
-    def convert(text):
-        try:
-            return kind(str(text)) if read is None else read[str(text).lower() if kind is bool else str(text)]
-        except (KeyError, ValueError):
-            wanted = f"one of {', '.join(map(str, choices))}" if choices else f"a value of type {kind.__name__}"
-            raise ValueError(f"--{name} {text} is not allowed; give {wanted}") from None
-    return convert
+
+def convert(text, kind, name: str):
+    """The value of a flag from its text. Raises ValueError where it has none."""
+    choices = choices_of(kind)
+    try:
+        return choices[str(text).lower()] if choices else kind(str(text))
+    except (KeyError, ValueError):
+        wanted = f"one of {', '.join(choices)}" if choices else f"a value of type {kind.__name__}"
+        raise ValueError(f"--{name} {text} is not allowed; give {wanted}") from None
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -85,19 +80,19 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see --help)\n")
 
 
-def add_flags(parser, config, converters: dict, prefix: str = "", group=None) -> None:
-    """A flag for every field; a nested config has a group of its own in --help."""
-    kinds, group = typing.get_type_hints(type(config)), group or parser
+def add_flags(parser, config, prefix: str = "", group=None) -> dict:
+    """A flag for every field, and the type of each; a nested config has a group of its own in --help."""
+    hints, kinds, group = typing.get_type_hints(type(config)), {}, group or parser
     for field in dataclasses.fields(config):
-        name, value = prefix + field.name, getattr(config, field.name)
+        name, value, kind = prefix + field.name, getattr(config, field.name), hints[field.name]
         if is_dataclass(value):
-            add_flags(parser, value, converters, f"{name}.", parser.add_argument_group(name, field.metadata["help"]))
+            kinds |= add_flags(parser, value, f"{name}.", parser.add_argument_group(name, field.metadata["help"]))
             continue
-        converters[name] = converter(kinds[field.name], name)
-        choices = typing.get_args(kinds[field.name])
-        metavar = "|".join(map(str, choices)) if choices else kinds[field.name].__name__
+        kinds[name] = kind
         shown = f"{field.metadata['help']} [{value}]".replace("%", "%%")
+        metavar = "|".join(choices_of(kind)) or kind.__name__
         group.add_argument(f"--{name}", dest=name, default=argparse.SUPPRESS, metavar=metavar, help=shown)
+    return kinds
 
 
 def parse_config(default, argv, description: str):
@@ -108,14 +103,13 @@ def parse_config(default, argv, description: str):
     parser = OneLineParser(usage="%(prog)s [--flag value ...]", description=description, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", metavar="FILE", help="take the settings of a config.json; flags override it")
-    converters = {}
-    add_flags(parser, default, converters)
+    kinds = add_flags(parser, default)
     given = vars(parser.parse_args(argv))
-    path, values = given.pop("config"), flatten(default)
+    path, values = given.pop("config"), flatten(asdict(default))
     for name, value in (read_config(path) | given).items() if path else given.items():
         if name not in values:
             raise ValueError(f"{path} sets {name!r}, which is no setting of this script; remove it")
-        values[name] = converters[name](value)
+        values[name] = convert(value, kinds[name], name)
     return rebuild(default, values)
 
 
@@ -124,15 +118,9 @@ def read_config(path: str) -> dict:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no config file {path!r}; a run folder holds one as config.json")
     try:
-        nested = json.loads(Path(path).read_text(encoding="utf-8"))["config"]
-        nested.items()
+        return flatten(json.loads(Path(path).read_text(encoding="utf-8"))["config"])
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path!r} is no config.json of a run; it needs a \"config\" part") from None
-
-    def flat(part, prefix=""):
-        for name, value in part.items():
-            yield from flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
-    return dict(flat(nested))
 
 
 def script(main) -> None:
@@ -297,7 +285,7 @@ def open_run(folder, config, ranks: Ranks, **identity) -> None:
     folder, settings = Path(folder), json.loads(json.dumps(asdict(config)))
     path = folder / "config.json"
     if path.exists():
-        old, new = read_config(path), flatten(config)
+        old, new = read_config(path), flatten(settings)
         saved = json.loads(path.read_text(encoding="utf-8"))
         old, new = old | {name: saved.get(name) for name in identity}, new | identity
         changed = [f"{name} {old.get(name)} -> {new.get(name)}" for name in new.keys() | old.keys()

@@ -72,7 +72,7 @@ def draw(model, args, slots):
     rng = random.Random(1)
     prompts = [random_ids(rng, args, args.prefix or 64, args.prefix or 200) for _ in range(args.prompts)]
     return prompts, generate(model, prompts, uniform_numbers(0, "bench", (), (args.prompts, args.k, MAX_NEW)),
-                             stop=vocabulary_mask(model, STOP), banned=vocabulary_mask(model), slots=slots, compile=args.compile)
+                             stop=[STOP], banned=[], slots=slots, compile=args.compile)
 
 
 def sample(args) -> dict:
@@ -120,7 +120,7 @@ def flips(args) -> dict:
 def scored_proposal(model, layout, places, latents, config) -> torch.Tensor:
     """log q of finished draws by whole sequences through the model: what `propose` sums up token by token from its cache."""
     others = [i for i in layout.tokenizer.marker.values() if i != layout.eol]
-    banned, log_q = vocabulary_mask(model, *others), []
+    banned, log_q = vocabulary_mask(model, others), []
     for place, draws in zip(places, latents):
         prompt = layout.posterior_prompt(*place)
         batch = padded([Sequence(prompt + ids + [layout.eol], [GIVEN] * len(prompt) + [TEXT] * (len(ids) + 1)) for ids in draws])

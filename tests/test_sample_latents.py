@@ -44,7 +44,7 @@ def small():
 def enumerate_thoughts(model, layout, place, temperature):
     """Every finished thought with its exact log p(z, x | C) and log q(z | x, C), each from one uncached forward pass."""
     others = [i for i in layout.tokenizer.marker.values() if i != layout.eol]
-    banned, table = vocabulary_mask(model, *others), []
+    banned, table = vocabulary_mask(model, others), []
     for length in range(CAP):
         for thought in itertools.product(range(3), repeat=length):
             joint = layout.joint(*place, list(thought))
@@ -181,7 +181,7 @@ def test_slots_change_nothing(small, slots):
     model, layout, (document, c) = small
     prompts = [layout.posterior_prompt(document, c), [layout.bos, 0], [layout.bos, 1, 2, 0, 0, 1, 2]]
     uniforms = uniform_numbers(1, "slots", (), (3, 5, 9))
-    arguments = dict(stop=vocabulary_mask(model, layout.eol), banned=vocabulary_mask(model, layout.bos))
+    arguments = dict(stop=[layout.eol], banned=[layout.bos])
     ours = generate(model, prompts, uniforms, slots=slots, **arguments)
     for n, prompt in enumerate(prompts):
         for k in range(5):
@@ -205,7 +205,7 @@ def test_no_row_waits(small):
     """Every row-step is a token of a draw: rows whose draw has ended take the next or are closed."""
     model, layout, (document, c) = small
     drawn = generate(model, [layout.posterior_prompt(document, c)] * 5, uniform_numbers(3, "x", (), (5, 7, 9)), slots=4,
-                     stop=vocabulary_mask(model, layout.eol), banned=vocabulary_mask(model))
+                     stop=[layout.eol], banned=[])
     assert drawn.row_steps == drawn.num_tokens and len(set(map(len, drawn.ids))) > 2
 
 
@@ -215,7 +215,7 @@ def test_more_seats_are_made_where_many_prompts_are_at_hand(small, monkeypatch):
     grown, grow = [], Prompts.grow
     monkeypatch.setattr(Prompts, "grow", lambda self: (grown.append(1), grow(self)))
     prompts, uniforms = [[layout.bos] + [n % 3] * (n % 5) for n in range(60)], uniform_numbers(5, "grow", (), (60, 12, 40))
-    arguments = dict(stop=vocabulary_mask(model, layout.eol), banned=vocabulary_mask(model, layout.bos))
+    arguments = dict(stop=[layout.eol], banned=[layout.bos])
     ours = generate(model, prompts, uniforms, slots=12, **arguments)
     assert grown and ours.ids == generate(model, prompts, uniforms, slots=1, **arguments).ids
 
@@ -223,7 +223,7 @@ def test_more_seats_are_made_where_many_prompts_are_at_hand(small, monkeypatch):
 def test_rows_that_are_looked_at_now_and_then_draw_the_same(small, monkeypatch):
     """As on a device that is asked only every eighth step which draws have ended: the same draws, a few steps for nobody."""
     model, layout, (document, c) = small
-    arguments = dict(stop=vocabulary_mask(model, layout.eol), banned=vocabulary_mask(model, layout.bos), slots=6)
+    arguments = dict(stop=[layout.eol], banned=[layout.bos], slots=6)
     prompts, uniforms = [layout.posterior_prompt(document, c), [layout.bos, 0]], uniform_numbers(1, "slots", (), (2, 9, 20))
     every = generate(model, prompts, uniforms, **arguments)
     monkeypatch.setattr(sample_latents, "CHECK_EVERY", {"cpu": 8})
@@ -269,7 +269,7 @@ class Recording(TorchDispatchMode):
 def recorded_arguments(layout, model):
     prompts = [[layout.bos] + [n % 3] * (n % 5) for n in range(60)]
     return model, prompts, uniform_numbers(5, "record", (), (60, 6, 40)), dict(
-        stop=vocabulary_mask(model, layout.eol), banned=vocabulary_mask(model, layout.bos))
+        stop=[layout.eol], banned=[layout.bos])
 
 
 @pytest.mark.parametrize("slots", [5, 48, 1000])
@@ -340,8 +340,7 @@ def test_step_log_probs_are_the_rescored_ones(small):
     """At temperature 1, with no banned id of weight, the sampler's sums agree with GPT.forward on the same ids."""
     model, layout, (document, c) = small
     prompt = layout.posterior_prompt(document, c)
-    none = vocabulary_mask(model)
-    drawn = generate(model, [prompt], uniform_numbers(2, "x", (), (1, 20, 8)), stop=vocabulary_mask(model, layout.eol), banned=none)
+    drawn = generate(model, [prompt], uniform_numbers(2, "x", (), (1, 20, 8)), stop=[layout.eol], banned=[])
     for ids, log_prob, finished in zip(drawn.ids, drawn.log_prob, drawn.finished):
         new = ids + [layout.eol] * int(finished)
         whole = torch.tensor([prompt + new])
@@ -352,7 +351,7 @@ def test_step_log_probs_are_the_rescored_ones(small):
 
 def test_greedy_decoding_is_the_argmax(small):
     model, layout, _ = small
-    drawn = generate(model, [[layout.bos, 0]], torch.zeros(1, 1, 4), stop=vocabulary_mask(model), banned=vocabulary_mask(model), greedy=True)
+    drawn = generate(model, [[layout.bos, 0]], torch.zeros(1, 1, 4), stop=[], banned=[], greedy=True)
     ids = [layout.bos, 0]
     for _ in range(4):
         ids.append(int(model.logits(model.hidden(torch.tensor([ids])))[0, -1].argmax()))
@@ -402,7 +401,7 @@ def test_neither_the_number_of_draws_nor_the_cap_changes_a_random_number():
 def test_a_prompt_without_room_is_an_error(small):
     model, layout, _ = small
     with pytest.raises(ValueError, match="context of 64"):
-        generate(model, [[0] * 60], torch.zeros(1, 1, 5), stop=vocabulary_mask(model), banned=vocabulary_mask(model))
+        generate(model, [[0] * 60], torch.zeros(1, 1, 5), stop=[], banned=[])
 
 
 # ---- the E-step's file -----------------------------------------------------------------------------------------
