@@ -420,6 +420,8 @@ class MainConfig(TrainConfig):
         super().__post_init__()
         if self.init_from and self.model != GPTConfig():
             raise ValueError("--init_from brings the shape of its model along; leave --model.* out")
+        if self.init_from and self.encoding != "words":
+            raise ValueError("--init_from brings its vocabulary along; leave --encoding out")
 
 
 def open_sources(config: MainConfig) -> list[Source]:

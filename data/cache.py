@@ -12,6 +12,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -47,7 +48,10 @@ class Source:
     parts: list[Part]
 
     def file(self, name: str) -> Path:
-        return Path(f"{self.path}.tokens") / f"{self.digest[:16]}.{CODE.hexdigest()[:8]}.{name}"
+        """In a folder beside the corpus, or among the temporary files where that cannot be written."""
+        folder, name = Path(f"{self.path}.tokens"), f"{self.digest[:16]}.{CODE.hexdigest()[:8]}.{name}"
+        beside = (folder / name).exists() or os.access(folder if folder.exists() else folder.parent, os.W_OK)
+        return folder / name if beside else Path(tempfile.gettempdir(), folder.name, name)
 
 
 def survey_source(path: str) -> Source:

@@ -68,6 +68,18 @@ def test_it_is_made_once_and_anew_where_anything_changes(corpus, records, monkey
     assert len(TokenizedCorpus(survey_source(corpus), tokenizer)) == len(records) + 1
 
 
+def test_a_corpus_in_a_folder_that_cannot_be_written_has_its_files_among_the_temporary_ones(corpus, records, monkeypatch, tmp_path):
+    """But what lies beside it is used."""
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(cache.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    assert len(TokenizedCorpus(survey_source(corpus), wide(records))) == len(records)
+    assert not os.path.exists(f"{corpus}.tokens") and (tmp_path / "temporary" / "corpus.jsonl.tokens").exists()
+    os.rename(tmp_path / "temporary" / "corpus.jsonl.tokens", f"{corpus}.tokens")
+    monkeypatch.setattr(cache, "tokenize_part", None)           # nobody may tokenise
+    assert len(TokenizedCorpus(survey_source(corpus), wide(records))) == len(records)
+
+
 def test_what_a_killed_or_a_second_process_left_does_not_count(corpus, records, monkeypatch):
     source = survey_source(corpus)
     monkeypatch.setattr(os, "replace", lambda *paths: None)       # killed before the first rename

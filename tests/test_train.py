@@ -308,6 +308,8 @@ def test_training_on_drawn_latents_starts_from_the_checkpoint_that_drew_them(cor
         main([*argv, "--init_from", str(tmp_path / "old.pt")])
     argv = [word for word in argv if word not in ("--model.width", "--model.ffn", "16", "24")]
     argv = argv[:argv.index("--row_tokens")] + argv[argv.index("--row_tokens") + 1:] + ["--row_tokens", "16"]
+    with pytest.raises(ValueError, match="leave --encoding out"):
+        main([*argv, "--init_from", str(tmp_path / "old.pt"), "--encoding", "gpt2"])
     main([*argv, "--init_from", str(tmp_path / "old.pt")])
     _, state = load_checkpoint(str(tmp_path / "run" / "ckpt.pt"))
     assert Tokenizer(**state["tokenizer"]) == tokenizer
