@@ -128,8 +128,8 @@ def open_lab(config: BoltConfig, ranks: Ranks) -> Lab:
     corpora["held_out"] = [document for document in corpora["held_out"] if observed_places([document])]
     if not corpora["held_out"]:
         raise ValueError(f"{paths['held_out']} has no text to predict; every chunk is given, or empty")
-    world_file = folder / "world.json"
-    return Lab(config, ranks, folder, tokenizer, Layout(tokenizer), corpora, World.from_json(world_file.read_text()) if world_file.exists() else None)
+    world = World.from_json((folder / "world.json").read_text()) if (folder / "world.json").exists() else None
+    return Lab(config, ranks, folder, tokenizer, Layout(tokenizer), corpora, world)
 
 
 # ---- evaluate --------------------------------------------------------------------------------------------------

@@ -284,7 +284,7 @@ class GPT(nn.Module):
         B, T = ids.shape
         if T > self.config.context:
             raise ValueError(f"{T} tokens do not fit the context of {self.config.context}; raise --model.context")
-        mask = None if document is None else packed_mask(document)
+        mask = None if document is None else packed_mask(document, self.config.head_size)
         if cache is None or cache.positions is None:
             rotary = self.rotary[:, :T]                                                               # (2, T, D)
         else:
@@ -341,7 +341,7 @@ class GPT(nn.Module):
         return 6 * self.num_parameters() + 12 * self.config.layers * self.config.width * row_tokens
 
 
-def packed_mask(document: Tensor) -> Tensor | BlockMask:
+def packed_mask(document: Tensor, head_size: int) -> Tensor | BlockMask:
     """The attention mask of packed rows, (B, T) document numbers: a query may look where it is True.
 
         document  0 0 1 1      x . . .
@@ -349,13 +349,14 @@ def packed_mask(document: Tensor) -> Tensor | BlockMask:
                                . . x .
                                . . x x
 
-    A graph compiled for CUDA gets it as blocks, of which flex_attention leaves out the empty ones; else it is (B, 1, T, T).
+    A graph compiled for CUDA gets it as blocks of 128 x 128, of which flex_attention leaves out the empty ones; else, and
+    where there is but one block or heads are smaller than flex_attention takes, it is (B, 1, T, T).
     """
     (B, T), there = document.shape, torch.arange(document.shape[1], device=document.device)
 
     def seen(row, head, query, key):
         return (document[row, query] == document[row, key]) & (query >= key)
-    if torch.compiler.is_compiling() and document.device.type in BLOCKWISE:
+    if torch.compiler.is_compiling() and document.device.type in BLOCKWISE and T > 128 and head_size >= 16:
         return create_block_mask(seen, B, None, T, T, device=document.device)
     return seen(torch.arange(B, device=document.device)[:, None, None], None, there[:, None], there)[:, None]
 

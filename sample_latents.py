@@ -194,7 +194,7 @@ class Slots:
         (N, K, L), device = uniforms.shape, model.embedding.weight.device
         self.model, self.prompts, self.K, self.L, self.nobody, self.few_shapes = model, prompts, K, L, N * K, few_shapes
         self.steps = self.row_steps = self.done = 0
-        rows, self.most_slots = min(rows, N * K), (math.ceil(L / 16) * 16, max(map(len, prompts)) - 1)
+        rows, self.most_slots = min(rows, N * K), tuple(math.ceil(n / 16) * 16 for n in (L, max(map(len, prompts)) - 1))
         self.check_every, self.recorded = CHECK_EVERY[device.type], {}
         self.arrivals, self.waiting, self.waiting_seat = self.prefilled(), range(0), 0    # prompts; draws of the last seated
         self.seated = Prompts(model.config, min(rows, 2 + 2 * rows // K) + 1, self.most_slots[1], device, model.dtype)

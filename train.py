@@ -138,7 +138,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             weights, state = group["params"], self.state[group["params"][0]]
             gradient = torch.stack([weight.grad for weight in weights])                       # (n, r, c)
-            momentum = state.setdefault("momentum", torch.zeros_like(gradient))
+            if not state:
+                state["momentum"] = torch.zeros_like(gradient)
+            momentum = state["momentum"]
             momentum.lerp_(gradient, 1 - group["momentum"])
             update = nearest_orthogonal(gradient.lerp(momentum, group["momentum"]))
             scale = max(1.0, gradient.shape[1] / gradient.shape[2]) ** 0.5

@@ -204,13 +204,16 @@ def start_ranks(device: str = "auto") -> Ranks:
         raise ValueError(f"--device {device} is not on this machine; use {', '.join(name for name in there if there[name])}")
     if world > 1 and kind == "mps":
         device = "cpu"      # no process group works on mps
+    if world > 1 and kind == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if kind == "cuda":
+        torch.cuda.set_device(device if ":" in device else "cuda:0")
+        torch.backends.cuda.matmul.allow_tf32 = False       # some containers allow it; train.py does where it is welcome
     if world == 1:
         return Ranks(0, 1, torch.device(device))
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=datetime.timedelta(hours=2))
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=datetime.timedelta(hours=2),
+                                device_id=torch.device(device) if kind == "cuda" else None)
     return Ranks(dist.get_rank(), world, torch.device(device))
 
 

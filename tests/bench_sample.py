@@ -170,17 +170,18 @@ def e_step_of_corpus(args) -> dict:
         records = read_corpus(f"{folder}/raw.jsonl")
         tokenizer = tokenizer_for(texts_of(records + read_corpus(f"{folder}/gold.jsonl"), "words"), "words")
         model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size)).to(args.device)
-        seconds = 0.0
+        seconds, depth = 0.0, 0
 
         def clocked(method):
             def run(*arguments, **named):
-                nonlocal seconds
-                start = time.perf_counter()
+                nonlocal seconds, depth
+                start, depth = time.perf_counter(), depth + 1
                 out = method(*arguments, **named)
-                seconds += time.perf_counter() - start
+                depth -= 1
+                seconds += 0.0 if depth else time.perf_counter() - start
                 return out
             return run
-        model.hidden, model.logits = clocked(model.hidden), clocked(model.logits)
+        model.hidden, model.logits, model.forward = clocked(model.hidden), clocked(model.logits), clocked(model.forward)
         start = time.perf_counter()
         config, alone = SampleConfig(num_latents=args.k, slots=args.slots, compile="off"), Ranks(0, 1, torch.device(args.device))
         summary = e_step(model, tokenizer, f"{folder}/raw.jsonl", config, 1, f"{folder}/out.jsonl", alone)

@@ -135,7 +135,7 @@ def test_a_later_token_never_changes_an_earlier_log_prob():
 
 
 def test_the_mask_is_the_one_drawn_in_its_docstring():
-    assert packed_mask(torch.tensor([[0, 0, 1, 1]]))[0, 0].int().tolist() == [
+    assert packed_mask(torch.tensor([[0, 0, 1, 1]]), head_size=16)[0, 0].int().tolist() == [
         [1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
 
 
@@ -151,13 +151,15 @@ def graphs_compiled() -> int:
 
 @torch.no_grad()
 def test_attention_by_blocks_gives_the_numbers_of_the_mask(monkeypatch):
-    """The branch that a graph compiled for CUDA takes, here without code generation."""
-    model = random_model(V, context=200, heads=4, kv_heads=2, width=32)
+    """The branch that a graph compiled for CUDA takes, here without code generation; short rows have the mask."""
+    model = random_model(V, context=200, heads=4, kv_heads=2, width=64)
     calls, attend = [], gpt.flex_attention
     monkeypatch.setattr(gpt, "BLOCKWISE", ("cpu",))
     monkeypatch.setattr(gpt, "flex_attention", lambda *x, **y: (calls.append(1), attend(*x, **y))[1])
     blockwise = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(blockwise(*packed_batch()), model(*packed_batch()), atol=1e-5, rtol=1e-5)
+    assert len(calls) == model.config.layers
+    torch.testing.assert_close(blockwise(*packed_batch(T=100)), model(*packed_batch(T=100)), atol=1e-5, rtol=1e-5)
     assert len(calls) == model.config.layers
 
 
