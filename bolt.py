@@ -215,7 +215,7 @@ def bounds(places, evidence: Evidence) -> dict:
     log_w, finished = evidence.log_weights, evidence.finished                                 # (N, K)
     tokens = torch.tensor([len(document.chunks[c].suffix) for document, c in places])[:, None]
     scores = {"elbo_per_token": (log_w[finished].sum() / (tokens * finished).sum()).item(), "unfinished": 1 - finished.float().mean().item()}
-    for draws in {4, log_w.shape[1]}:
+    for draws in sorted({4, log_w.shape[1]}):
         if log_w.shape[1] % draws == 0:
             groups = importance_bound(log_w.view(len(log_w), -1, draws))                      # (N, K / draws)
             scores[f"nll_by_{draws}"] = per_document(places, (-groups.mean(dim=-1)).tolist())
