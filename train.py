@@ -448,8 +448,25 @@ def open_model(config: MainConfig, sources: list[Source]) -> tuple[GPT, Tokenize
     return GPT(replace(config.model, vocab_size=tokenizer.vocab_size), config.seed), tokenizer
 
 
+def validation_config(config: TrainConfig, documents) -> TrainConfig:
+    """The settings of the training, but that a held-out chunk without a thought stands after SOL EOL where the training corpus
+    has thoughts: a model of p(z, x) never sees such text bare, and writes none."""
+    some = (chunk for document in itertools.islice(documents, 1000) for chunk in document.chunks)
+    thinks = config.layout in ("joint", "posterior") and any(chunk.latent is not None for chunk in some)
+    return replace(config, plain_as="no_thought") if thinks else config
+
+
 def checkpoint_of(run: str) -> str:
     return os.path.join(run, "ckpt.pt") if os.path.isdir(run) else run
+
+
+def report_held_out(model: GPT, tokenizer: Tokenizer, documents, held_out: list, config: MainConfig, step: int, ranks: Ranks) -> None:
+    """Print and log the validation, where there is a held-out corpus."""
+    for part in held_out:
+        record = validate(model, tokenizer, part, validation_config(config, documents), ranks)
+        ranks.say("  held-out: " + (", ".join(f"{name[4:]} {value:.3f}" for name, value in record.items()) or "nothing to predict"))
+        if ranks.main:
+            append_metrics(config.out, {"step": step, **record})
 
 
 def main(argv=None) -> None:
@@ -468,14 +485,8 @@ def main(argv=None) -> None:
     ranks.say(f"training {model.num_parameters():,} parameters on {len(documents):,} documents of {config.data}, {ranks.world} "
               f"process(es) on {ranks.device}, in {choose_dtype(config, model.config.width, ranks.device)}")
 
-    def at_checkpoint(state: TrainState) -> None:
-        for part in held_out:
-            record = validate(model, tokenizer, part, config, ranks)
-            ranks.say("  held-out: " + (", ".join(f"{name[4:]} {value:.3f}" for name, value in record.items()) or "nothing to predict"))
-            if ranks.main:
-                append_metrics(config.out, {"step": state.step, **record})
-
-    state = train(model, tokenizer, documents, config, config.out, ranks, at_checkpoint=at_checkpoint,
+    state = train(model, tokenizer, documents, config, config.out, ranks,
+                  at_checkpoint=lambda state: report_held_out(model, tokenizer, documents, held_out, config, state.step, ranks),
                   at_record=lambda record: ranks.say(line_of(record, config.steps)))
     ranks.say(f"{config.out}/ckpt.pt: {state.step} steps in {state.dtype}, {state.tokens:,} tokens, {state.observed_tokens:,} observed")
 
