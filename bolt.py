@@ -13,7 +13,7 @@
 Everything lands in --out; killed and started again with the same command, it continues. On a machine with two cores the
 baselines run beside the loop, in a second process.
 
-    config -> lab (the corpora) -> fit and evaluate -> the arms -> report -> main
+    config -> lab (the corpora) -> evaluate -> the arms -> report -> main
 """
 import itertools
 import json
@@ -65,7 +65,7 @@ class BoltConfig:
     processes: Literal[0, 1, 2] = option(0, "2: baselines run beside the loop in a second process; 0: 2 on a CPU with two cores")
     device: str = option("auto", "auto, cpu, cuda or mps")
     bound_draws: int = option(16, "thoughts a chunk for the K-sample bound on held-out documents, for every model")
-    checks: int = option(3, "times a baseline with the FLOPs of the whole loop is evaluated; its best counts")
+    checks: int = option(3, "times a long baseline (raw_total, warm_long, gold_plus_raw) is evaluated; its best counts")
     train: TrainConfig = option(TrainConfig(), "an M-step; see train.py")
     sample: SampleConfig = option(SampleConfig(), "an E-step; see sample_latents.py")
 
@@ -84,6 +84,8 @@ class BoltConfig:
         for name in names:
             if name not in ARMS:
                 raise ValueError(f"--arms {name} is not allowed; give all, study, or some of {', '.join(ARMS)}")
+        if {"raw_total", "warm_long"} & set(names) and "em" not in names:
+            raise ValueError("--arms raw_total and warm_long get the FLOPs of the loop, so name em too")
         return ["warm"] + [name for name in names if name != "warm"]
 
 
@@ -102,32 +104,41 @@ class Lab:
     world: World | None
 
 
-def check_corpus(config: BoltConfig, names: list[str]) -> str:
-    """Hashes of a prepared corpus. Raises FileNotFoundError or ValueError for what would only show up late."""
-    if {"raw_total", "warm_long"} & set(names) and "em" not in names:
-        raise ValueError("--arms raw_total and warm_long get the FLOPs of the loop, so name em too")
-    paths = [Path(config.data, f"{name}.jsonl") for name in ("gold", "raw", "held_out") if config.data]
-    for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(f"--data {config.data} has no {path.name}; its prepare.py writes it")
-    return " ".join(sha256_of(path)[:16] for path in paths)
+def observed_tokens(document: Document) -> int:
+    return sum(len(chunk.suffix) for chunk in document.chunks if not chunk.given)
+
+
+def observed_bytes(document: Document) -> int:
+    return sum(len(chunk["suffix"].encode()) for chunk in document.record["chunks"] if not chunk.get("given"))
+
+
+CORPORA = ("gold", "raw", "held_out", "probes", "oracle")     # of a lab's folder; only the embedded corpus has probes
+
+
+def corpus_digest(folder: str) -> str:
+    """Hashes of what there is of a prepared corpus. Raises FileNotFoundError where a part is missing."""
+    for name in CORPORA[:3]:
+        if not Path(folder, f"{name}.jsonl").is_file():
+            raise FileNotFoundError(f"--data {folder} has no {name}.jsonl; its prepare.py writes it")
+    paths = [Path(folder, name) for name in (*(f"{name}.jsonl" for name in CORPORA), "world.json")]
+    return " ".join(sha256_of(path)[:16] for path in paths if path.exists())
 
 
 def open_lab(config: BoltConfig, ranks: Ranks) -> Lab:
-    """Read the corpora; the embedded one is made first where it is missing."""
+    """Read the corpora; the embedded one is made first where it is missing. Raises ValueError for what would only show up late."""
     folder = Path(config.data or f"{config.out}/corpus")
     if not config.data and ranks.main and not (folder / "world.json").exists():
         make_embedded(folder, config.seed)
     ranks.barrier()
-    paths = {name: folder / f"{name}.jsonl" for name in ("gold", "raw", "held_out", "probes", "oracle")}
-    records = {name: read_corpus(str(path)) for name, path in paths.items()
-               if path.exists() or name in ("gold", "raw", "held_out")}
+    paths = {name: folder / f"{name}.jsonl" for name in CORPORA}
+    records = {name: read_corpus(str(path)) for name, path in paths.items() if path.exists() or name in CORPORA[:3]}
     texts = texts_of([record for part in records.values() for record in part], config.encoding)
     tokenizer = tokenizer_for(texts, config.encoding)
     corpora = {name: encode_corpus(part, tokenizer) for name, part in records.items()}
-    corpora["held_out"] = [document for document in corpora["held_out"] if observed_places([document])]
-    if not corpora["held_out"]:
-        raise ValueError(f"{paths['held_out']} has no text to predict; every chunk is given, or empty")
+    corpora["held_out"] = [document for document in corpora["held_out"] if observed_tokens(document)]
+    for name in CORPORA[:3]:
+        if not any(map(observed_tokens, corpora[name])):
+            raise ValueError(f"{paths[name]} has no text to predict; every chunk is given, or empty")
     world = World.from_json((folder / "world.json").read_text()) if (folder / "world.json").exists() else None
     return Lab(config, ranks, folder, tokenizer, Layout(tokenizer), corpora, world)
 
@@ -164,14 +175,6 @@ def evaluate(lab: Lab, model: GPT, thinks: bool, weigh: bool = True) -> dict:
         if lab.world:
             scores |= thought_quality(lab, places, evidence)
     return scores
-
-
-def observed_tokens(document: Document) -> int:
-    return sum(len(chunk.suffix) for chunk in document.chunks if not chunk.given)
-
-
-def observed_bytes(document: Document) -> int:
-    return sum(len(chunk["suffix"].encode()) for chunk in document.record["chunks"] if not chunk.get("given"))
 
 
 def answers_right(lab: Lab, model: GPT, documents: list[Document], mode: str) -> list[bool]:
@@ -377,7 +380,7 @@ def floors(lab: Lab) -> str:
         answers.setdefault(last_ingredient(document.record), []).append(document.record["answer"])
     guesses = {word: max(sorted(set(given)), key=given.count) for word, given in answers.items()}
     held_out = [document.record for document in lab.corpora["held_out"]]
-    right = [guesses[last_ingredient(record)] == record["answer"] for record in held_out]
+    right = [guesses.get(last_ingredient(record)) == record["answer"] for record in held_out]
     log_p = [lab.world.log_evidence_of(*(chunk["suffix"] for chunk in record["chunks"])) for record in held_out]
     return (f"Guessing from the last ingredient gives accuracy {mean(right):.3f}, where a hidden fact is needed "
             f"{mean(ok for ok, record in zip(right, held_out) if record['hidden']):.3f}. An ideal reader who knows the table "
@@ -406,8 +409,8 @@ def report(lab: Lab) -> str:
     for verdict in verdicts(records, config.sample.num_latents):
         lines.append(f"* **{'shown' if verdict.shown else 'NOT SHOWN'}** {verdict.claim}: {verdict.why}")
     lines += ["", *rounds_table(records), "",
-              f"Accuracy: greedy answers on {len(lab.corpora['held_out'])} held-out documents. Nats per token, bits per byte: of the observed "
-              f"text, exact for raw models, minus the {config.bound_draws}-sample bound for models that think. Compute: forward "
+              "Accuracy: greedy answers. " * ("correct" in records["warm"]) + f"{len(lab.corpora['held_out'])} held-out documents. Nats per "
+              f"token, bits per byte: of the observed text, exact for raw models, minus the {config.bound_draws}-sample bound for models that think. Compute: forward "
               "and backward passes, E-steps counted, relative to the whole loop. Of a baseline that is evaluated several times "
               "its best figure stands, its exact nats without a thought included. ± is one standard error over documents.",
               "", f"`{run['command']}` at commit {run['commit']}, seed {config.seed}, torch {torch.__version__}, "
@@ -429,21 +432,22 @@ def run_beside(config: BoltConfig, names: list[str]) -> None:
 
 def run_phase(lab: Lab, mine: list[str], beside: list[str]) -> None:
     """Run some arms here, and some beside them."""
+    if not beside:
+        return run_arms(lab, mine)
     process = multiprocessing.get_context("spawn").Process(target=run_beside, args=(lab.config, beside), daemon=True)
-    if beside:
-        process.start()
+    process.start()
     run_arms(lab, mine)
-    if beside:
-        process.join()
-        if process.exitcode:
-            raise ValueError(f"a baseline failed; {lab.config.out}/beside.log says why")
+    process.join()
+    if process.exitcode:
+        raise ValueError(f"a baseline failed; {lab.config.out}/beside.log says why")
 
 
 def main(argv=None) -> None:
     config, start = parse_config(BoltConfig(), argv, __doc__), time.time()
     names, ranks = config.arm_names, start_ranks(config.device)
-    open_run(config.out, config, ranks, data_sha256=check_corpus(config, names))
+    digest = corpus_digest(config.data) if config.data else ""
     lab = open_lab(config, ranks)
+    open_run(config.out, config, ranks, data_sha256=digest)
     wanted = 2 if ranks.device.type == "cpu" and os.cpu_count() > 1 else 1
     two = ranks.world == 1 and (config.processes or wanted) == 2
     if two:

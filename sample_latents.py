@@ -151,9 +151,9 @@ def compaction(used: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.flatnonzero(~used[:count]), count + np.flatnonzero(used[count:])
 
 
-def decode_step(choose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], stop: Tensor,
-                model: GPT, branches: DecodingBranches, uniforms: Tensor, ids: Tensor, log_prob: Tensor,
-                token: Tensor, age: Tensor, draw: Tensor, own_slots: int, prompt_slots: int) -> None:
+def decode_step(model: GPT, branches: DecodingBranches, choose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], stop: Tensor, *,
+                uniforms: Tensor, ids: Tensor, log_prob: Tensor, token: Tensor, age: Tensor, draw: Tensor,
+                own_slots: int, prompt_slots: int) -> None:
     """Every row draws a token: tensors alone, changed in place, so that the step can be compiled, recorded and replayed.
 
     Of each row: its last token, its age, its draw. Of each draw, and last of nobody, to whom a row goes whose draw has
@@ -187,12 +187,14 @@ class Slots:
     What decides lies on the host: of each row its age (tokens drawn so far) and its seat, the place of its prompt among
     those at hand. The device is asked only which draws have ended: after every step on a CPU, where that is free, else now
     and then. Rows and seats in use come first, so that each are read in one piece. With `few_shapes`, for a step that is
-    compiled or recorded, rows are halved when half of them are idle (and have the last seat), and all seats are read.
+    compiled or recorded, rows are halved when half of them are idle, all seats are read, and idle rows have the last one, which
+    has no prompt.
     """
 
-    def __init__(self, model: GPT, prompts: list[list[int]], uniforms: Tensor, rows: int, decode, few_shapes: bool):
+    def __init__(self, model: GPT, prompts: list[list[int]], uniforms: Tensor, rows: int, choose, stop: Tensor, compile: str):
         (N, K, L), device = uniforms.shape, model.embedding.weight.device
-        self.model, self.prompts, self.K, self.L, self.nobody, self.few_shapes = model, prompts, K, L, N * K, few_shapes
+        self.model, self.prompts, self.K, self.L, self.nobody = model, prompts, K, L, N * K
+        self.few_shapes = compile == "on" or compile == "auto" and device.type in RECORDS
         self.steps = self.row_steps = self.done = 0
         rows, self.most_slots = min(rows, N * K), tuple(math.ceil(n / 16) * 16 for n in (L, max(map(len, prompts)) - 1))
         self.check_every, self.recorded = CHECK_EVERY[device.type], {}
@@ -206,7 +208,8 @@ class Slots:
         uniforms = F.pad(uniforms.reshape(N * K, L), (0, 0, 0, 1)).to(device)
         self.ids = torch.zeros(N * K + 1, L, dtype=torch.long, device=device)
         self.log_prob = torch.zeros(N * K + 1, device=device)
-        self.decode = partial(decode, model, self.branches, uniforms, self.ids, self.log_prob)
+        self.decode = partial(torch.compile(decode_step, dynamic=True) if compile == "on" else decode_step, model, self.branches,
+                              choose, stop, uniforms=uniforms, ids=self.ids, log_prob=self.log_prob)
 
     def prefilled(self) -> Iterator[tuple[int, Prompts, int]]:
         """Every prompt with its place in a cache; those of like length are prefilled together, when they are wanted."""
@@ -292,7 +295,8 @@ class Slots:
         slots = int(self.age[self.live].max()) + 1, int(self.prompt_tokens[self.live].max())
         steps = (64, 64) if self.few_shapes else (16, 1)        # matrix products of a few entries take a slow path on CPUs
         slots = tuple(min(math.ceil(n / step) * step, most) for n, step, most in zip(slots, steps, self.most_slots))
-        shape, job = (len(self.live), *slots), partial(self.decode, self.token, self.age_there, self.draw, *slots)
+        shape = (len(self.live), *slots)
+        job = partial(self.decode, token=self.token, age=self.age_there, draw=self.draw, own_slots=slots[0], prompt_slots=slots[1])
         if shape in self.recorded:
             self.recorded[shape].replay()
         else:
@@ -315,7 +319,7 @@ def generate(model: GPT, prompts: list[list[int]], uniforms: Tensor, *, stop: li
     it is before each step.
     """
     check_room(model.config.context, max(map(len, prompts)), uniforms.shape[2])
-    device, total = model.embedding.weight.device, uniforms.shape[0] * uniforms.shape[1]
+    total = uniforms.shape[0] * uniforms.shape[1]
     stops, bans = vocabulary_mask(model, stop), vocabulary_mask(model, banned)
 
     def choose(logits, uniforms):
@@ -323,9 +327,7 @@ def generate(model: GPT, prompts: list[list[int]], uniforms: Tensor, *, stop: li
         token = log_q.argmax(dim=-1) if greedy else inverse_cdf(log_q.exp(), uniforms)
         return token, log_q.gather(1, token[:, None]).squeeze(1)
 
-    few_shapes = compile == "on" or compile == "auto" and device.type in RECORDS
-    decode = partial(torch.compile(decode_step, dynamic=True) if compile == "on" else decode_step, choose, stops)
-    rows = Slots(model, prompts, uniforms, slots, decode, few_shapes)
+    rows = Slots(model, prompts, uniforms, slots, choose, stops, compile)
     while rows.refill():
         progress(rows.done, rows.row_steps)
         rows.step()

@@ -235,7 +235,7 @@ def train_step(model: GPT, forward, optimizers, batch: StepBatch, step: int, con
 
 @torch.no_grad()
 def validate(model: GPT, tokenizer: Tokenizer, documents, config: TrainConfig, ranks: Ranks, batch_rows: int = 16) -> dict:
-    """Nats per target of held-out documents in the layout of the training, by kind, and bits per byte of the observed text;
+    """Nats per target of held-out documents laid out as `config` says, by kind, and bits per byte of the observed text;
     nothing where that layout has no targets. The coins are those of the first epoch, so that it is always the same measure.
     """
     rows = epoch_rows(documents, Layout(tokenizer), config)
@@ -449,10 +449,10 @@ def open_model(config: MainConfig, sources: list[Source]) -> tuple[GPT, Tokenize
 
 
 def validation_config(config: TrainConfig, documents) -> TrainConfig:
-    """The settings of the training, but that a held-out chunk without a thought stands after SOL EOL where the training corpus
-    has thoughts: a model of p(z, x) never sees such text bare, and writes none."""
-    some = (chunk for document in itertools.islice(documents, 1000) for chunk in document.chunks)
-    thinks = config.layout in ("joint", "posterior") and any(chunk.latent is not None for chunk in some)
+    """The settings of the training, but that a held-out chunk without a thought stands after SOL EOL where the layout is joint or
+    posterior and the training corpus has thoughts: there the posterior form teaches text without a thought so, not bare."""
+    chunks = (chunk for document in documents for chunk in document.chunks)
+    thinks = config.layout in ("joint", "posterior") and any(chunk.latent is not None for chunk in chunks)
     return replace(config, plain_as="no_thought") if thinks else config
 
 
@@ -460,10 +460,10 @@ def checkpoint_of(run: str) -> str:
     return os.path.join(run, "ckpt.pt") if os.path.isdir(run) else run
 
 
-def report_held_out(model: GPT, tokenizer: Tokenizer, documents, held_out: list, config: MainConfig, step: int, ranks: Ranks) -> None:
+def report_held_out(model: GPT, tokenizer: Tokenizer, held_out: list, config: MainConfig, step: int, ranks: Ranks) -> None:
     """Print and log the validation, where there is a held-out corpus."""
     for part in held_out:
-        record = validate(model, tokenizer, part, validation_config(config, documents), ranks)
+        record = validate(model, tokenizer, part, config, ranks)
         ranks.say("  held-out: " + (", ".join(f"{name[4:]} {value:.3f}" for name, value in record.items()) or "nothing to predict"))
         if ranks.main:
             append_metrics(config.out, {"step": step, **record})
@@ -485,8 +485,9 @@ def main(argv=None) -> None:
     ranks.say(f"training {model.num_parameters():,} parameters on {len(documents):,} documents of {config.data}, {ranks.world} "
               f"process(es) on {ranks.device}, in {choose_dtype(config, model.config.width, ranks.device)}")
 
+    checked = validation_config(config, documents) if held_out else config
     state = train(model, tokenizer, documents, config, config.out, ranks,
-                  at_checkpoint=lambda state: report_held_out(model, tokenizer, documents, held_out, config, state.step, ranks),
+                  at_checkpoint=lambda state: report_held_out(model, tokenizer, held_out, checked, state.step, ranks),
                   at_record=lambda record: ranks.say(line_of(record, config.steps)))
     ranks.say(f"{config.out}/ckpt.pt: {state.step} steps in {state.dtype}, {state.tokens:,} tokens, {state.observed_tokens:,} observed")
 

@@ -118,9 +118,11 @@ def with_chunks(record: dict, encoding: str) -> dict:
 
 
 def make_embedded(folder, seed: int = 0) -> None:
-    """Write the embedded corpus, an alchemist's notebook, into a folder."""
+    """Write the embedded corpus, an alchemist's notebook, into a folder. Raises ValueError where it cannot."""
     prepare = Path(__file__).parent / "alchemy" / "prepare.py"
-    subprocess.run([sys.executable, prepare, "--out", folder, "--seed", str(seed)], check=True)
+    done = subprocess.run([sys.executable, prepare, "--out", folder, "--seed", str(seed)], stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise ValueError(f"the embedded corpus could not be written to {folder} ({done.stderr.strip().splitlines()[-1]})")
 
 
 def observed_places(documents: list[Document]) -> list[tuple[Document, int]]:

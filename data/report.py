@@ -6,6 +6,7 @@ An E-step's figures come from the corpus it wrote, a run's from the evaluations 
 of one model: lists have an entry per held-out document, such as its observed `tokens`, `correct` (only in corpora with
 answers) and `nll` (nats); `passes` is what making the model took, in forward passes of a token. See `evaluate` in bolt.py.
 """
+import itertools
 import json
 import math
 import sys
@@ -155,8 +156,8 @@ def verdicts(records: dict[str, dict], num_latents: int) -> list[Verdict]:
     for arm in sorted(name for name in records if name.startswith(("k1/", "k4/"))):
         draws = int(arm[1])
         if arm.endswith(f"round_{len(rounds) - 1}") and draws < num_latents:
-            (name, ours), theirs = next(iter(figures(last).items())), figures(records[arm])
-            ok, text = better(ours, theirs[name])
+            name = next(iter(figures(last)))        # accuracy, where there is one
+            ok, text = better(figures(last)[name], figures(records[arm])[name])
             found.append(Verdict(f"C4 K = {num_latents} beats K = {draws}", ok, f"{name} {text}"))
     if "valid_before" in last:
         shares = [(record["valid_before"], record["valid_after"]) for record in rounds]
@@ -216,7 +217,7 @@ def model_rows(records: dict[str, dict], labels: dict[str, str]) -> dict[str, di
 
 def models_table(runs: list[dict[str, dict[str, float]]]) -> list[str]:
     """Markdown: the figures of one run, or the means over several (each one's model_rows) and their standard errors."""
-    columns = list(runs[0]["warm start on gold"])
+    columns = list(next(iter(runs[0].values())))
     lines = [f"| model | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for label in runs[0]:
         values = np.array([[run[label][column] for column in columns] for run in runs])
@@ -228,19 +229,24 @@ def models_table(runs: list[dict[str, dict[str, float]]]) -> list[str]:
 
 
 def rounds_table(records: dict[str, dict]) -> list[str]:
-    """Markdown: thoughts on held-out documents, by round, and the E-step that led to each model."""
+    """Markdown: thoughts on held-out documents, by round, and the E-step that led to each model.
+
+    The nats of a row are over the documents whose bound is finite for every K, so that they compare.
+    """
     rounds = rounds_of(records)
     graded, bounds = "valid_before" in rounds[-1], [name for name in rounds[-1] if name.startswith("nll_by_")]
     rows = [f"| round | nats per token: elbo | {' | '.join(f'K = {name[7:]}' for name in bounds)} | no thought | "
             + "valid thoughts | distance to the posterior | " * graded
             + "documents left out | E-step: ess | unfinished | thought tokens |", "|---" * (7 + len(bounds) + 2 * graded) + "|"]
     for number, record in enumerate(rounds):
-        nats = [-record["elbo_per_token"]] + [per_unit(record[name], record["tokens"]) for name in (*bounds, "nll_direct")]
+        finite = [all(values) for values in zip(*([nll is not None for nll in record[name]] for name in bounds))]
+        kept = {name: list(itertools.compress(record[name], finite)) for name in (*bounds, "nll_direct", "tokens")}
+        nats = [-record["elbo_per_token"]] + [per_unit(kept[name], kept["tokens"]) for name in (*bounds, "nll_direct")]
         marks = (f"{record['valid_before']:.2f} -> {record['valid_after']:.2f} | "
                  f"{record['distance_before']:.2f} -> {record['distance_after']:.2f} | ") if graded else ""
         step = record.get("e_step")
         drawn = f"{step['ess']:.1f} | {step['unfinished']:.3f} | {step['latent_tokens']:.1f} |" if step else "| | |"
-        rows.append(f"| {number or 'warm start'} | {' | '.join(f'{x:.3f}' for x in nats)} | {marks}{record['nll'].count(None)} | {drawn}")
+        rows.append(f"| {number or 'warm start'} | {' | '.join(f'{x:.3f}' for x in nats)} | {marks}{finite.count(False)} | {drawn}")
     return rows
 
 
@@ -250,8 +256,9 @@ def main(folders: list[str]) -> None:
     if missing or not folders:
         sys.exit(f"error: no report.json in {', '.join(missing) or 'no folder'}; name folders of finished runs of bolt.py")
     runs = [json.loads(Path(folder, "report.json").read_text()) for folder in folders]
-    if any(run.keys() != runs[0].keys() for run in runs):
-        sys.exit(f"error: the runs have different models; name runs with the same --arms, --rounds and K as {folders[0]}")
+    shapes = [{label: list(row) for label, row in run.items()} for run in runs]
+    if any(shape != shapes[0] for shape in shapes):
+        sys.exit(f"error: the runs have different models or figures; name runs with the corpus, --arms, --rounds and K of {folders[0]}")
     print("\n".join(models_table(runs)))
 
 

@@ -202,6 +202,9 @@ def start_ranks(device: str = "auto") -> Ranks:
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(kind):
         raise ValueError(f"--device {device} is not on this machine; use {', '.join(name for name in there if there[name])}")
+    index = device[len(kind) + 1:]
+    if index and not (kind == "cuda" and index.isdigit() and int(index) < torch.cuda.device_count()):
+        raise ValueError(f"--device {device} is not on this machine; use {kind}")
     if world > 1 and kind == "mps":
         device = "cpu"      # no process group works on mps
     if world > 1 and kind == "cuda":

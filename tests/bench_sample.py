@@ -16,8 +16,8 @@ absolute speeds do not.
 
 What bounds it on 2 cores of an AMD EPYC without bfloat16 units, float32 (commit 166ac07, 2026-11-23): matrix products reach 65
 GFLOP/s at 64 rows and 35 at 16, and take 40% of sampling S, 65% of scoring S, about 80% of sampling M, so that no engine could
-be 1.6 times faster in scoring. torch.compile of the decode step took 313 s and was slower. Shapes kept few, as a recorded step
-wants them, cost 0.6 x there, where most of the time goes to the last draws (--prompts 8 and 32). In bfloat16 the sampler's log q
+be 1.6 times faster in scoring. torch.compile of the decode step took 313 s and was slower. With its shapes kept few, as a recorded step
+wants them, sampling S runs at 0.6 x the speed (--prompts 8 and 32, where most steps are those of the last draws). In bfloat16 the sampler's log q
 is 0.011 nats (std) from that of whole passes, as bfloat16 itself is from float32; log p moves by 0.03 (`precision`, 300 chunks,
 K = 16). Scoring q anew would change 0.7% of the choices.
 """

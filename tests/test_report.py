@@ -38,6 +38,9 @@ def test_a_corpus_without_answers_is_judged_by_nats():
     assert not any(v.shown for v in verdicts(records | {"em/round_1": record(3.5, 4)}, 16))
     assert list(model_rows(records, {"warm": "warm start"})["warm start"]) == ["nats per token", "bits per byte", "compute"]
     assert rounds_table(records)[-1].startswith("| 1 | 2.000 | 0.505 | 0.505 |")
+    short = {"nll_by_4": [None, 3.0] + [1.0] * 18, "nll_by_16": [9.0, None] + [0.8] * 18, "nll_direct": [5.0, 5.0] + [2.0] * 18}
+    row = rounds_table({name: record | short for name, record in records.items()})[-1]
+    assert row.startswith("| 1 | 2.000 | 0.500 | 0.400 | 1.000 | 2 |")        # on the 18 documents that every bound has
 
 
 def test_a_gain_is_paired_and_needs_three_standard_errors():

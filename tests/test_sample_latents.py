@@ -302,11 +302,13 @@ def test_the_compiled_step_is_compiled_no_more_once_it_is_warm(small, monkeypatc
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compile", ["auto", "on"])
-def test_cuda_replays_what_it_would_call(small, compile):
+def test_cuda_replays_what_it_would_call(small, monkeypatch, compile):
+    recordings, record = [], sample_latents.record
+    monkeypatch.setattr(sample_latents, "record", lambda job, pool: (recordings.append(1), record(job, pool))[1])
     model, prompts, uniforms, others = recorded_arguments(small[1], copy.deepcopy(small[0]).cuda())
     called = generate(model, prompts, uniforms, slots=48, **others)
     replayed = generate(model, prompts, uniforms, slots=48, compile=compile, **others)
-    assert replayed.ids == called.ids
+    assert recordings and replayed.ids == called.ids
     torch.testing.assert_close(replayed.log_prob, called.log_prob, atol=1e-4, rtol=1e-4)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     generate(model, prompts[::-1], uniforms, slots=48, compile=compile, **others)
