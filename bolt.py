@@ -145,6 +145,67 @@ def open_lab(config: BoltConfig, ranks: Ranks) -> Lab:
 
 # ---- evaluate --------------------------------------------------------------------------------------------------
 
+def final_answer(text: str) -> str:
+    """What an answer comes to: what follows "####" where the text has it, without full stop."""
+    return text.split("####")[-1].strip(" .\n")
+
+
+def answers_right(lab: Lab, model: GPT, documents: list[Document], mode: str) -> list[bool]:
+    """Whether the greedy answer in the last chunk is the document's. mode: thought, no_thought or raw."""
+    layout, sample, places = lab.layout, lab.config.sample, [(document, len(document.chunks) - 1) for document in documents]
+    longest = max(len(document.chunks[c].suffix) for document, c in places) + 2
+    if mode == "thought":
+        prompts = [layout.prior_prompt(*place) for place in places]
+        _, answers = think_and_answer(model, layout, prompts, sample.max_latent_tokens, longest, sample.slots)
+    else:
+        prompts = [layout.direct_prompt(*place, no_thought=mode == "no_thought") for place in places]
+        answers = complete(model, layout, prompts, [layout.eos, layout.sol], longest, sample.slots)
+    return [final_answer(layout.tokenizer.decode(ids)) == document.record.get("answer")
+            for ids, document in zip(answers, documents)]
+
+
+def per_document(places, values: list[float]) -> list[float | None]:
+    """Sums of a value of chunks over their documents; None where it is infinite."""
+    sums: dict[int, float] = {}
+    for (document, _), value in zip(places, values, strict=True):
+        sums[document.index] = sums.get(document.index, 0.0) + value
+    return [value if math.isfinite(value) else None for value in sums.values()]
+
+
+def direct_nll_per_document(lab: Lab, model: GPT, no_thought: bool) -> list[float]:
+    """-log p(x | C) without a thought, nats per document."""
+    places = observed_places(lab.corpora["held_out"])
+    log_p = score_sequences(model, [lab.layout.direct(*place, no_thought) for place in places],
+                            lab.config.sample.score_tokens)
+    return per_document(places, (-log_p).tolist())
+
+
+def bounds(places, evidence: Evidence) -> dict:
+    """K-sample bounds from the same draws, taken in groups of K, as nats of a document, positive; and the elbo of the draws
+    that finished, per observed token."""
+    log_w, finished = evidence.log_weights, evidence.finished                                 # (N, K)
+    tokens = torch.tensor([len(document.chunks[c].suffix) for document, c in places])[:, None]
+    scores = {"elbo_per_token": (log_w[finished].sum() / (tokens * finished).sum()).item(), "unfinished": 1 - finished.float().mean().item()}
+    for draws in sorted({4, log_w.shape[1]}):
+        if log_w.shape[1] % draws == 0:
+            groups = importance_bound(log_w.view(len(log_w), -1, draws))                      # (N, K / draws)
+            scores[f"nll_by_{draws}"] = per_document(places, (-groups.mean(dim=-1)).tolist())
+    return scores | {"nll": scores[f"nll_by_{log_w.shape[1]}"]}
+
+
+def thought_quality(lab: Lab, places, evidence: Evidence) -> dict:
+    """Against the exact posterior of the world: the share of valid thoughts among the draws and after resampling, and the
+    mean total variation distance of the draws, then of the weighed draws, to the posterior."""
+    marks = []
+    for (document, c), latents, after in zip(places, evidence.latents, evidence.weights.tolist()):
+        prefix, suffix = document.record["chunks"][0]["suffix"], document.record["chunks"][c]["suffix"]
+        thoughts = [lab.tokenizer.decode(latent) for latent in latents]
+        marks.append([*lab.world.grade(prefix, suffix, thoughts, [1 / len(thoughts)] * len(thoughts)),
+                      *lab.world.grade(prefix, suffix, thoughts, after)])
+    names = ("valid_before", "distance_before", "valid_after", "distance_after")
+    return {name: mean(column) for name, column in zip(names, zip(*marks))}
+
+
 def evaluate(lab: Lab, model: GPT, thinks: bool, weigh: bool = True) -> dict:
     """Everything measured of a model on held-out documents; lists have an entry per document.
 
@@ -175,67 +236,6 @@ def evaluate(lab: Lab, model: GPT, thinks: bool, weigh: bool = True) -> dict:
         if lab.world:
             scores |= thought_quality(lab, places, evidence)
     return scores
-
-
-def answers_right(lab: Lab, model: GPT, documents: list[Document], mode: str) -> list[bool]:
-    """Whether the greedy answer in the last chunk is the document's. mode: thought, no_thought or raw."""
-    layout, sample, places = lab.layout, lab.config.sample, [(document, len(document.chunks) - 1) for document in documents]
-    longest = max(len(document.chunks[c].suffix) for document, c in places) + 2
-    if mode == "thought":
-        prompts = [layout.prior_prompt(*place) for place in places]
-        _, answers = think_and_answer(model, layout, prompts, sample.max_latent_tokens, longest, sample.slots)
-    else:
-        prompts = [layout.direct_prompt(*place, no_thought=mode == "no_thought") for place in places]
-        answers = complete(model, layout, prompts, [layout.eos, layout.sol], longest, sample.slots)
-    return [final_answer(layout.tokenizer.decode(ids)) == document.record.get("answer")
-            for ids, document in zip(answers, documents)]
-
-
-def final_answer(text: str) -> str:
-    """What an answer comes to: what follows "####" where the text has it, without full stop."""
-    return text.split("####")[-1].strip(" .\n")
-
-
-def direct_nll_per_document(lab: Lab, model: GPT, no_thought: bool) -> list[float]:
-    """-log p(x | C) without a thought, nats per document."""
-    places = observed_places(lab.corpora["held_out"])
-    log_p = score_sequences(model, [lab.layout.direct(*place, no_thought) for place in places],
-                            lab.config.sample.score_tokens)
-    return per_document(places, (-log_p).tolist())
-
-
-def per_document(places, values: list[float]) -> list[float | None]:
-    """Sums of a value of chunks over their documents; None where it is infinite."""
-    sums: dict[int, float] = {}
-    for (document, _), value in zip(places, values, strict=True):
-        sums[document.index] = sums.get(document.index, 0.0) + value
-    return [value if math.isfinite(value) else None for value in sums.values()]
-
-
-def bounds(places, evidence: Evidence) -> dict:
-    """K-sample bounds from the same draws, taken in groups of K, as nats of a document, positive; and the elbo of the draws
-    that finished, per observed token."""
-    log_w, finished = evidence.log_weights, evidence.finished                                 # (N, K)
-    tokens = torch.tensor([len(document.chunks[c].suffix) for document, c in places])[:, None]
-    scores = {"elbo_per_token": (log_w[finished].sum() / (tokens * finished).sum()).item(), "unfinished": 1 - finished.float().mean().item()}
-    for draws in sorted({4, log_w.shape[1]}):
-        if log_w.shape[1] % draws == 0:
-            groups = importance_bound(log_w.view(len(log_w), -1, draws))                      # (N, K / draws)
-            scores[f"nll_by_{draws}"] = per_document(places, (-groups.mean(dim=-1)).tolist())
-    return scores | {"nll": scores[f"nll_by_{log_w.shape[1]}"]}
-
-
-def thought_quality(lab: Lab, places, evidence: Evidence) -> dict:
-    """Against the exact posterior of the world: the share of valid thoughts among the draws and after resampling, and the
-    mean total variation distance of the draws, then of the weighed draws, to the posterior."""
-    marks = []
-    for (document, c), latents, after in zip(places, evidence.latents, evidence.weights.tolist()):
-        prefix, suffix = document.record["chunks"][0]["suffix"], document.record["chunks"][c]["suffix"]
-        thoughts = [lab.tokenizer.decode(latent) for latent in latents]
-        marks.append([*lab.world.grade(prefix, suffix, thoughts, [1 / len(thoughts)] * len(thoughts)),
-                      *lab.world.grade(prefix, suffix, thoughts, after)])
-    names = ("valid_before", "distance_before", "valid_after", "distance_after")
-    return {name: mean(column) for name, column in zip(names, zip(*marks))}
 
 
 # ---- the arms --------------------------------------------------------------------------------------------------
@@ -276,6 +276,10 @@ def warm_start(lab: Lab) -> tuple[GPT, TrainState]:
     return model, state
 
 
+def m_step(lab: Lab, round: int) -> TrainConfig:
+    return replace(lab.config.train, seed=lab.config.seed + 1000 * round)
+
+
 def em(lab: Lab, arm: str, num_latents: int) -> None:
     """The loop of the paper. Every M-step starts again from the warm start, so only the thoughts carry over.
 
@@ -296,8 +300,26 @@ def em(lab: Lab, arm: str, num_latents: int) -> None:
         measured(lab, f"{name}/step_last", passes, lambda: {"e_step": summary} | evaluate(lab, model, thinks=True, weigh=weigh))
 
 
-def m_step(lab: Lab, round: int) -> TrainConfig:
-    return replace(lab.config.train, seed=lab.config.seed + 1000 * round)
+def per_step(lab: Lab, documents: list[Document], config: TrainConfig) -> tuple[float, float]:
+    """Tokens and observed tokens of a training step, the mean of the first twenty."""
+    batches = training_batches(documents, lab.layout, config, Position(), lab.ranks)
+    pairs = [(batch.num_tokens, batch.num_observed) for batch in itertools.islice(batches, 20)]
+    return mean(a for a, b in pairs), mean(b for a, b in pairs)
+
+
+def steps_of_budget(lab: Lab, arm: str, documents: list[Document], config: TrainConfig) -> int:
+    """Optimizer steps that a baseline gets: of one trained model (warm start and an M-step), or of the whole loop."""
+    one_model = lab.config.warm_steps + lab.config.train.steps
+    tokens, observed = per_step(lab, documents, config)
+    gold_tokens, gold_observed = per_step(lab, lab.corpora["gold"], config)
+    if arm == "raw_observed":
+        return round(one_model * gold_observed / observed)
+    if arm == "raw_m_step":
+        return round(one_model * gold_tokens / tokens)
+    if arm == "gold_plus_raw":
+        return lab.config.rounds * lab.config.train.steps       # as many as all M-steps together
+    loop = Path(lab.config.out, f"em/round_{lab.config.rounds}/step_last.json")         # of raw_total, warm_long
+    return round(json.loads(loop.read_text())["passes"] / 3 / tokens)
 
 
 def baseline(lab: Lab, arm: str) -> None:
@@ -322,33 +344,11 @@ def baseline(lab: Lab, arm: str) -> None:
     fit(lab, documents, config, arm, base, check)
 
 
-def steps_of_budget(lab: Lab, arm: str, documents: list[Document], config: TrainConfig) -> int:
-    """Optimizer steps that a baseline gets: of one trained model (warm start and an M-step), or of the whole loop."""
-    one_model = lab.config.warm_steps + lab.config.train.steps
-    tokens, observed = per_step(lab, documents, config)
-    gold_tokens, gold_observed = per_step(lab, lab.corpora["gold"], config)
-    if arm == "raw_observed":
-        return round(one_model * gold_observed / observed)
-    if arm == "raw_m_step":
-        return round(one_model * gold_tokens / tokens)
-    if arm == "gold_plus_raw":
-        return lab.config.rounds * lab.config.train.steps       # as many as all M-steps together
-    loop = Path(lab.config.out, f"em/round_{lab.config.rounds}/step_last.json")         # of raw_total, warm_long
-    return round(json.loads(loop.read_text())["passes"] / 3 / tokens)
-
-
 def oracle(lab: Lab) -> None:
     """An M-step on the true thoughts: the ceiling of what any E-step could reach."""
     base, before = warm_start(lab)
     model, state = fit(lab, lab.corpora["oracle"], m_step(lab, 0), "oracle", base)
     measured(lab, "oracle/step_last", 3 * (before.tokens + state.tokens), lambda: evaluate(lab, model, thinks=True))
-
-
-def per_step(lab: Lab, documents: list[Document], config: TrainConfig) -> tuple[float, float]:
-    """Tokens and observed tokens of a training step, the mean of the first twenty."""
-    batches = training_batches(documents, lab.layout, config, Position(), lab.ranks)
-    pairs = [(batch.num_tokens, batch.num_observed) for batch in itertools.islice(batches, 20)]
-    return mean(a for a, b in pairs), mean(b for a, b in pairs)
 
 
 def run_arm(lab: Lab, arm: str) -> None:

@@ -241,6 +241,26 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
+def packed_mask(document: Tensor, head_size: int) -> Tensor | BlockMask:
+    """The attention mask of packed rows, (B, T) document numbers: a query may look where it is True.
+
+        document  0 0 1 1      x . . .
+                               x x . .
+                               . . x .
+                               . . x x
+
+    A graph compiled for CUDA gets it as blocks of 128 x 128, of which flex_attention leaves out the empty ones; else, and
+    where there is but one block or heads are smaller than flex_attention takes, it is (B, 1, T, T).
+    """
+    (B, T), there = document.shape, torch.arange(document.shape[1], device=document.device)
+
+    def seen(row, head, query, key):
+        return (document[row, query] == document[row, key]) & (query >= key)
+    if torch.compiler.is_compiling() and document.device.type in BLOCKWISE and T > 128 and head_size >= 16:
+        return create_block_mask(seen, B, None, T, T, device=document.device)
+    return seen(torch.arange(B, device=document.device)[:, None, None], None, there[:, None], there)[:, None]
+
+
 class GPT(nn.Module):
     """`forward` is every log-probability of the project; the sampler steps through `hidden` and `logits`."""
 
@@ -339,26 +359,6 @@ class GPT(nn.Module):
         """FLOPs of a training step per token, in rows of so many tokens: two for every multiplication of a parameter and of
         attention (counted without the causal half), once forward and twice backward. Source: arXiv:2204.02311, appendix B."""
         return 6 * self.num_parameters() + 12 * self.config.layers * self.config.width * row_tokens
-
-
-def packed_mask(document: Tensor, head_size: int) -> Tensor | BlockMask:
-    """The attention mask of packed rows, (B, T) document numbers: a query may look where it is True.
-
-        document  0 0 1 1      x . . .
-                               x x . .
-                               . . x .
-                               . . x x
-
-    A graph compiled for CUDA gets it as blocks of 128 x 128, of which flex_attention leaves out the empty ones; else, and
-    where there is but one block or heads are smaller than flex_attention takes, it is (B, 1, T, T).
-    """
-    (B, T), there = document.shape, torch.arange(document.shape[1], device=document.device)
-
-    def seen(row, head, query, key):
-        return (document[row, query] == document[row, key]) & (query >= key)
-    if torch.compiler.is_compiling() and document.device.type in BLOCKWISE and T > 128 and head_size >= 16:
-        return create_block_mask(seen, B, None, T, T, device=document.device)
-    return seen(torch.arange(B, device=document.device)[:, None, None], None, there[:, None], there)[:, None]
 
 
 # ---- checkpoint ------------------------------------------------------------------------------------------------

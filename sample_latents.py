@@ -6,7 +6,7 @@
 The output is the corpus with a latent per chunk and the evidence to recompute the choice; train.py reads it as it is.
 Ids are sampled, the same ids are scored, and the same ids are trained on: no text stands between.
 
-    config -> drawing a token -> decoding in slots -> propose -> score_joint -> the estimator -> E-step -> main
+    config -> drawing a token -> decoding in slots -> propose and score -> the estimator -> E-step over a corpus -> for people -> main
 
 Shapes: N chunks, K draws each, L most new tokens of a draw, S slots (rows that decode together), V vocabulary.
 """
@@ -83,6 +83,18 @@ def proposal_log_probs(logits: Tensor, temperature: float, banned: Tensor) -> Te
     return torch.add(bias, logits, alpha=1 / temperature).log_softmax(dim=-1)
 
 
+def first_above(masses: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The first entry where the running sum of masses (B, n) exceeds the target (B,), and the target less what is before it.
+
+    No binary search: a parallel cumsum, as on CUDA, is not quite monotone, and an entry of mass 0 could be hit.
+    """
+    cdf = masses.cumsum(dim=-1).where(masses > 0, 0.0)
+    targets = torch.minimum(targets, cdf.amax(dim=-1) * (1 - 2 ** -23))[:, None]
+    index = (cdf > targets).int().argmax(dim=-1, keepdim=True)
+    rest = targets - (cdf - masses).gather(1, index)
+    return index.squeeze(1), rest.clamp(min=0).squeeze(1)
+
+
 def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     """The index that each uniform number picks: (B, V) and (B,) -> (B,). An entry of probability 0 is never picked.
 
@@ -96,18 +108,6 @@ def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     block, rest = first_above(masses, uniforms * masses.sum(dim=-1))
     inside, _ = first_above(blocks[torch.arange(len(block), device=block.device), block], rest)
     return block * size + inside
-
-
-def first_above(masses: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The first entry where the running sum of masses (B, n) exceeds the target (B,), and the target less what is before it.
-
-    No binary search: a parallel cumsum, as on CUDA, is not quite monotone, and an entry of mass 0 could be hit.
-    """
-    cdf = masses.cumsum(dim=-1).where(masses > 0, 0.0)
-    targets = torch.minimum(targets, cdf.amax(dim=-1) * (1 - 2 ** -23))[:, None]
-    index = (cdf > targets).int().argmax(dim=-1, keepdim=True)
-    rest = targets - (cdf - masses).gather(1, index)
-    return index.squeeze(1), rest.clamp(min=0).squeeze(1)
 
 
 def uniform_numbers(seed: int, purpose: str, labels: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
@@ -308,6 +308,12 @@ class Slots:
         self.row_steps += len(self.live)
 
 
+def check_room(context: int, tokens: int, new_tokens: int, what: str = "a prompt") -> None:
+    if tokens + new_tokens > context:
+        raise ValueError(f"{what} has {tokens} tokens; with {new_tokens} new ones it exceeds the context of {context}; "
+                         "lower --max_latent_tokens, split the chunk, or train with a larger --model.context")
+
+
 @torch.inference_mode()
 def generate(model: GPT, prompts: list[list[int]], uniforms: Tensor, *, stop: list[int], banned: list[int],
              temperature: float = 1.0, slots: int = 512, greedy: bool = False, compile: str = "off",
@@ -335,12 +341,6 @@ def generate(model: GPT, prompts: list[list[int]], uniforms: Tensor, *, stop: li
     finished = stopped.any(dim=-1)
     lengths = stopped.int().argmax(dim=-1).where(finished, ids.shape[1]).tolist()
     return Generated([row[:n] for row, n in zip(ids.tolist(), lengths)], rows.log_prob[:total].cpu(), finished, rows.row_steps)
-
-
-def check_room(context: int, tokens: int, new_tokens: int, what: str = "a prompt") -> None:
-    if tokens + new_tokens > context:
-        raise ValueError(f"{what} has {tokens} tokens; with {new_tokens} new ones it exceeds the context of {context}; "
-                         "lower --max_latent_tokens, split the chunk, or train with a larger --model.context")
 
 
 # ---- propose and score -----------------------------------------------------------------------------------------
@@ -396,28 +396,6 @@ def think_and_answer(model: GPT, layout: Layout, prompts: list[list[int]], thoug
     return thoughts, complete(model, layout, prompts, [layout.eos, layout.sol], answer_tokens, slots)
 
 
-def score_joint(model: GPT, layout: Layout, places: list[Place], latents: list[list[list[int]]], batch_tokens: int,
-                finished: Tensor | None = None) -> tuple[Tensor, int]:
-    """log p(z, x | C) of K thoughts for each of N chunks, (N, K) float32 nats, and the tokens that went through the model.
-
-    Counts z, EOL and x, at temperature 1. C SOL PRIOR is prefilled once a chunk and equal draws of a chunk are scored once;
-    draws that are not `finished` (N, K), where that is given, are not scored and have -inf.
-    """
-    order, owners, sequences = {}, [], []
-    prompts = [layout.prior_prompt(*place) for place in places]
-    rows, columns = (torch.ones(len(places), len(latents[0])) if finished is None else finished).nonzero(as_tuple=True)
-    draws = [(n, tuple(latents[n][k])) for n, k in zip(rows.tolist(), columns.tolist())]
-    for n, latent in draws:
-        if (n, latent) not in order:
-            order[n, latent] = len(sequences)
-            owners.append(n)
-            sequences.append(layout.thought_and_text(*places[n], list(latent)).after(prompts[n][-1:]))
-    log_p = score_after_prompts(model, prompts, owners, sequences, batch_tokens)
-    log_joint = torch.full((len(places), len(latents[0])), -math.inf)
-    log_joint[rows, columns] = log_p[[order[draw] for draw in draws]]
-    return log_joint, sum(map(len, prompts)) + sum(len(sequence.ids) - 1 for sequence in sequences)
-
-
 @torch.inference_mode()
 def score_after_prompts(model: GPT, prompts: list[list[int]], owners: list[int], sequences: list[Sequence],
                         batch_tokens: int) -> Tensor:
@@ -442,6 +420,28 @@ def score_after_prompts(model: GPT, prompts: list[list[int]], owners: list[int],
             branches.place(torch.arange(T, device=device).expand(len(part), T), T, int(branches.starts.max()))
             log_p[[places[i] for i in part]] = model(batch.ids, batch.targets, cache=branches).sum(dim=-1).cpu()
     return log_p
+
+
+def score_joint(model: GPT, layout: Layout, places: list[Place], latents: list[list[list[int]]], batch_tokens: int,
+                finished: Tensor | None = None) -> tuple[Tensor, int]:
+    """log p(z, x | C) of K thoughts for each of N chunks, (N, K) float32 nats, and the tokens that went through the model.
+
+    Counts z, EOL and x, at temperature 1. C SOL PRIOR is prefilled once a chunk and equal draws of a chunk are scored once;
+    draws that are not `finished` (N, K), where that is given, are not scored and have -inf.
+    """
+    order, owners, sequences = {}, [], []
+    prompts = [layout.prior_prompt(*place) for place in places]
+    rows, columns = (torch.ones(len(places), len(latents[0])) if finished is None else finished).nonzero(as_tuple=True)
+    draws = [(n, tuple(latents[n][k])) for n, k in zip(rows.tolist(), columns.tolist())]
+    for n, latent in draws:
+        if (n, latent) not in order:
+            order[n, latent] = len(sequences)
+            owners.append(n)
+            sequences.append(layout.thought_and_text(*places[n], list(latent)).after(prompts[n][-1:]))
+    log_p = score_after_prompts(model, prompts, owners, sequences, batch_tokens)
+    log_joint = torch.full((len(places), len(latents[0])), -math.inf)
+    log_joint[rows, columns] = log_p[[order[draw] for draw in draws]]
+    return log_joint, sum(map(len, prompts)) + sum(len(sequence.ids) - 1 for sequence in sequences)
 
 
 # ---- the estimator ---------------------------------------------------------------------------------------------
@@ -546,8 +546,27 @@ def annotate(places: list[Place], evidence: Evidence, tokenizer: Tokenizer, conf
     return annotations
 
 
+class Progress:
+    """The progress bar of an E-step: chunks, sampled tokens per second, ess, time left."""
+
+    def __init__(self, chunks: int, num_latents: int, show: bool):
+        self.bar = tqdm(total=chunks, desc="E-step", unit="chunk", leave=False, disable=not show)
+        self.num_latents, self.chunks, self.tokens, self.ess, self.start = num_latents, 0, 0, "", time.time()
+
+    def __call__(self, draws: int, tokens: int) -> None:
+        """So far in this block."""
+        self.bar.update(self.chunks + draws // self.num_latents - self.bar.n)
+        rate = (self.tokens + tokens) / (time.time() - self.start)
+        self.bar.set_postfix_str(f"{rate:,.0f} sampled tokens/s{self.ess}", refresh=False)
+
+    def block_done(self, chunks: int, evidence: Evidence) -> None:
+        self.chunks, self.tokens = self.chunks + chunks, self.tokens + evidence.cost["sampled"]
+        self.ess = f", ess {effective_sample_size(evidence.weights[evidence.usable]).mean():.1f}"
+        self.bar.update(self.chunks - self.bar.n)
+
+
 def annotate_block(model: GPT, layout: Layout, block: list[Document], config: SampleConfig, round: int,
-                   progress: "Progress") -> list[dict]:
+                   progress: Progress) -> list[dict]:
     """The lines of the output for a block of documents. The tokens it cost stand with its first document."""
     places = [place for document in block for place in places_to_infer(document)]
     records = [document.record | {"chunks": [dict(chunk) for chunk in document.record["chunks"]]} for document in block]
@@ -566,25 +585,6 @@ def annotate_block(model: GPT, layout: Layout, block: list[Document], config: Sa
         records[0]["cost"] = evidence.cost
         progress.block_done(len(places), evidence)
     return records
-
-
-class Progress:
-    """The progress bar of an E-step: chunks, sampled tokens per second, ess, time left."""
-
-    def __init__(self, chunks: int, num_latents: int, show: bool):
-        self.bar = tqdm(total=chunks, desc="E-step", unit="chunk", leave=False, disable=not show)
-        self.num_latents, self.chunks, self.tokens, self.ess, self.start = num_latents, 0, 0, "", time.time()
-
-    def __call__(self, draws: int, tokens: int) -> None:
-        """So far in this block."""
-        self.bar.update(self.chunks + draws // self.num_latents - self.bar.n)
-        rate = (self.tokens + tokens) / (time.time() - self.start)
-        self.bar.set_postfix_str(f"{rate:,.0f} sampled tokens/s{self.ess}", refresh=False)
-
-    def block_done(self, chunks: int, evidence: Evidence) -> None:
-        self.chunks, self.tokens = self.chunks + chunks, self.tokens + evidence.cost["sampled"]
-        self.ess = f", ess {effective_sample_size(evidence.weights[evidence.usable]).mean():.1f}"
-        self.bar.update(self.chunks - self.bar.n)
 
 
 def documents_of_blocks(corpus: str, tokenizer: Tokenizer, config: SampleConfig,
@@ -652,26 +652,6 @@ def e_step(model: GPT, tokenizer: Tokenizer, corpus: str, config: SampleConfig, 
 
 # ---- for people ------------------------------------------------------------------------------------------------
 
-def show(model: GPT, tokenizer: Tokenizer, config: "MainConfig") -> Iterator[str]:
-    """The first chunks of a corpus with their thoughts; nothing is written."""
-    layout, everything = Layout(tokenizer), replace(config, keep="all")
-    documents = (read_document(config.data, i, line, tokenizer, config.redraw) for i, line in numbered_lines(config.data))
-    places = list(itertools.islice((place for document in documents for place in places_to_infer(document)), config.show))
-    if places:
-        annotations = annotate(places, infer(model, layout, places, config, config.round), tokenizer, everything, config.round)
-        yield from (show_chunk(layout, place, annotation) for place, annotation in zip(places, annotations))
-
-
-def think(model: GPT, tokenizer: Tokenizer, config: "MainConfig") -> str:
-    """The most likely thought after --prompt, token by token, and the most likely text after that."""
-    layout, text = Layout(tokenizer), re.sub(r"\s+([,.;:!?])", r"\1", config.prompt)      # "fire , salt" is "fire, salt"
-    document = Document(0, [Chunk(tokenizer.encode(text), given=True)], {})
-    [thought], [answer] = think_and_answer(model, layout, [layout.prior_prompt(document, 1)], *[config.max_latent_tokens] * 2)
-    return f"prompt   {text}\nthought  {tokenizer.decode(thought).strip()}\nanswer   {tokenizer.decode(answer).strip()}"
-
-
-# ---- main ------------------------------------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class MainConfig(SampleConfig):
     checkpoint: str = option("runs/train/ckpt.pt", "the model that thinks; made by train.py")
@@ -682,6 +662,26 @@ class MainConfig(SampleConfig):
     show: int = option(0, "print so many chunks with their thoughts, weights and bound instead")
     prompt: str = option("", "think about this text, then go on with it, instead")
 
+
+def show(model: GPT, tokenizer: Tokenizer, config: MainConfig) -> Iterator[str]:
+    """The first chunks of a corpus with their thoughts; nothing is written."""
+    layout, everything = Layout(tokenizer), replace(config, keep="all")
+    documents = (read_document(config.data, i, line, tokenizer, config.redraw) for i, line in numbered_lines(config.data))
+    places = list(itertools.islice((place for document in documents for place in places_to_infer(document)), config.show))
+    if places:
+        annotations = annotate(places, infer(model, layout, places, config, config.round), tokenizer, everything, config.round)
+        yield from (show_chunk(layout, place, annotation) for place, annotation in zip(places, annotations))
+
+
+def think(model: GPT, tokenizer: Tokenizer, config: MainConfig) -> str:
+    """The most likely thought after --prompt, token by token, and the most likely text after that."""
+    layout, text = Layout(tokenizer), re.sub(r"\s+([,.;:!?])", r"\1", config.prompt)      # "fire , salt" is "fire, salt"
+    document = Document(0, [Chunk(tokenizer.encode(text), given=True)], {})
+    [thought], [answer] = think_and_answer(model, layout, [layout.prior_prompt(document, 1)], *[config.max_latent_tokens] * 2)
+    return f"prompt   {text}\nthought  {tokenizer.decode(thought).strip()}\nanswer   {tokenizer.decode(answer).strip()}"
+
+
+# ---- main ------------------------------------------------------------------------------------------------------
 
 def annotate_corpus(state: dict, digest: str, tokenizer: Tokenizer, config: MainConfig, ranks: Ranks) -> None:
     """The E-step as a command: everything is checked first, the settings stand beside the output, the figures come last."""

@@ -332,6 +332,38 @@ def line_of(record: dict, steps: int) -> str:
 
 # ---- train -----------------------------------------------------------------------------------------------------
 
+def save(path: str, model: GPT, optimizers, tokenizer: Tokenizer, state: TrainState, config: TrainConfig, ranks: Ranks) -> None:
+    """Write all that a resume needs, and what whoever uses the model needs to know of it."""
+    if ranks.main:
+        save_checkpoint(path, model, optimizers=[optimizer.state_dict() for optimizer in optimizers], state=vars(state),
+                        tokenizer=tokenizer.state(), config=asdict(config), random=torch.get_rng_state())
+    ranks.barrier()
+
+
+def resume(path: str, model: GPT, optimizers, tokenizer: Tokenizer) -> TrainState:
+    """Put a checkpoint's weights into the model and the optimizers, and return how far it was."""
+    saved = read_checkpoint(path)
+    if saved["model_config"] != model.config:
+        raise ValueError(f"{path} is of another model ({saved['model_config']}); give another --out")
+    if saved["tokenizer"] != tokenizer.state():
+        raise ValueError(f"{path} is of another vocabulary; give another --out")
+    model.load_state_dict(saved["model"])
+    for optimizer, saved_optimizer in zip(optimizers, saved["optimizers"], strict=True):
+        optimizer.load_state_dict(saved_optimizer)
+    torch.set_rng_state(saved["random"])
+    return TrainState(**saved["state"])
+
+
+def check_same_step(step: int, folder: str, ranks: Ranks) -> None:
+    """Raise ValueError where the processes found different checkpoints, as on several nodes that do not share a disk."""
+    if ranks.world > 1:
+        lowest, highest = (torch.tensor(float(step), device=ranks.device) for _ in range(2))
+        dist.all_reduce(lowest, dist.ReduceOp.MIN)
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        if lowest != highest:
+            raise ValueError(f"{folder} is at step {lowest:.0f} on one node and at {highest:.0f} on another; put --out on a shared disk")
+
+
 def train(model: GPT, tokenizer: Tokenizer, documents, config: TrainConfig, folder: str, ranks: Ranks, title: str = "train",
           at_checkpoint: Callable[[TrainState], None] = lambda state: None,
           at_record: Callable[[dict], None] = lambda record: None) -> TrainState:
@@ -375,38 +407,6 @@ def train(model: GPT, tokenizer: Tokenizer, documents, config: TrainConfig, fold
     return state
 
 
-def save(path: str, model: GPT, optimizers, tokenizer: Tokenizer, state: TrainState, config: TrainConfig, ranks: Ranks) -> None:
-    """Write all that a resume needs, and what whoever uses the model needs to know of it."""
-    if ranks.main:
-        save_checkpoint(path, model, optimizers=[optimizer.state_dict() for optimizer in optimizers], state=vars(state),
-                        tokenizer=tokenizer.state(), config=asdict(config), random=torch.get_rng_state())
-    ranks.barrier()
-
-
-def resume(path: str, model: GPT, optimizers, tokenizer: Tokenizer) -> TrainState:
-    """Put a checkpoint's weights into the model and the optimizers, and return how far it was."""
-    saved = read_checkpoint(path)
-    if saved["model_config"] != model.config:
-        raise ValueError(f"{path} is of another model ({saved['model_config']}); give another --out")
-    if saved["tokenizer"] != tokenizer.state():
-        raise ValueError(f"{path} is of another vocabulary; give another --out")
-    model.load_state_dict(saved["model"])
-    for optimizer, saved_optimizer in zip(optimizers, saved["optimizers"], strict=True):
-        optimizer.load_state_dict(saved_optimizer)
-    torch.set_rng_state(saved["random"])
-    return TrainState(**saved["state"])
-
-
-def check_same_step(step: int, folder: str, ranks: Ranks) -> None:
-    """Raise ValueError where the processes found different checkpoints, as on several nodes that do not share a disk."""
-    if ranks.world > 1:
-        lowest, highest = (torch.tensor(float(step), device=ranks.device) for _ in range(2))
-        dist.all_reduce(lowest, dist.ReduceOp.MIN)
-        dist.all_reduce(highest, dist.ReduceOp.MAX)
-        if lowest != highest:
-            raise ValueError(f"{folder} is at step {lowest:.0f} on one node and at {highest:.0f} on another; put --out on a shared disk")
-
-
 # ---- main ------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -435,6 +435,10 @@ def open_sources(config: MainConfig) -> list[Source]:
     return [survey_source(path) for path in (config.data, held_out) if path]
 
 
+def checkpoint_of(run: str) -> str:
+    return os.path.join(run, "ckpt.pt") if os.path.isdir(run) else run
+
+
 def open_model(config: MainConfig, sources: list[Source]) -> tuple[GPT, Tokenizer]:
     """The model and the tokenizer of --init_from, or a fresh model with the vocabulary of the corpora.
 
@@ -454,10 +458,6 @@ def validation_config(config: TrainConfig, documents) -> TrainConfig:
     chunks = (chunk for document in documents for chunk in document.chunks)
     thinks = config.layout in ("joint", "posterior") and any(chunk.latent is not None for chunk in chunks)
     return replace(config, plain_as="no_thought") if thinks else config
-
-
-def checkpoint_of(run: str) -> str:
-    return os.path.join(run, "ckpt.pt") if os.path.isdir(run) else run
 
 
 def report_held_out(model: GPT, tokenizer: Tokenizer, held_out: list, config: MainConfig, step: int, ranks: Ranks) -> None:

@@ -2,8 +2,9 @@
 
     {"text": ..., "chunks": [{"suffix": ..., "latent": ... or null, "given": true or absent}, ...]}
 
-The suffixes of a document add up to its text; a document that has only text is split by the chunker at the end of this
-file; one with {"text", "latent"}, a rewriting of the whole, is one chunk. What an E-step wrote has more keys: the ids of the thought, the evidence, and where it kept them all draws.
+The suffixes of a document add up to its text; a document that has only text is split into chunks; one with {"text", "latent"},
+a rewriting of the whole, is one chunk. What an E-step wrote has more keys: the ids of the thought, the evidence, and where it
+kept them the draws.
 """
 import contextlib
 import hashlib
@@ -22,6 +23,41 @@ import numpy as np
 from data.tokens import Tokenizer, split
 
 CHUNK_TOKENS = 256      # cap of a chunk where text is split
+
+
+# ---- chunking: raw text -> suffixes ----------------------------------------------------------------------------
+
+# A sentence ends after . ! ? (and closing quotes) before white space and no lower-case letter, or after line breaks;
+# the white space stays with the sentence before it.
+SENTENCE_END = re.compile(r"""(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bMrs)(?<!\bProf)(?<!\bvs)(?<!\be\.g)(?<!\bi\.e)
+                              [.!?]["')\]”’]*\s+(?![a-z\s])  |  \s*\n\s*(?!\s)""", re.VERBOSE)
+
+
+def split_into_sentences(text: str) -> list[str]:
+    """Sentences with their white space; joined they give any text back."""
+    ends = [match.end() for match in SENTENCE_END.finditer(text)]
+    return [text[a:b] for a, b in zip([0, *ends], [*ends, len(text)]) if a < b]
+
+
+def split_into_chunks(text: str, count_tokens: Callable[[str], int], chunk_tokens: int) -> list[str]:
+    """Chunks of Poisson(7) + 1 sentences, at most 20 and at most `chunk_tokens` tokens; joined they give the text back.
+
+    Seeded by the text itself: a text always splits in the same way. A sentence over the cap is halved until it fits.
+    """
+    def fit(part: str) -> list[str]:
+        half = len(part) // 2
+        return [part] if half == 0 or count_tokens(part) <= chunk_tokens else fit(part[:half]) + fit(part[half:])
+
+    random = np.random.default_rng(list(hashlib.sha256(text.encode()).digest()))
+    sentences = [part for sentence in split_into_sentences(text) for part in fit(sentence)]
+    chunks = []
+    while sentences:
+        size = min(1 + int(random.poisson(7)), 20, len(sentences))
+        while size > 1 and sum(count_tokens(sentence) for sentence in sentences[:size]) > chunk_tokens:
+            size -= 1
+        chunks.append("".join(sentences[:size]))
+        sentences = sentences[size:]
+    return chunks
 
 
 # ---- documents -------------------------------------------------------------------------------------------------
@@ -47,8 +83,29 @@ class Document:
     record: dict = field(repr=False, compare=False)
 
 
-def encode_corpus(records: list[dict], tokenizer: Tokenizer) -> list[Document]:
-    return [encode_document(i, record, tokenizer) for i, record in enumerate(records)]
+def with_chunks(record: dict, encoding: str) -> dict:
+    """A document that has only `text`, with the chunks it splits into, or as one chunk where it has a `latent` of its own
+    (a rewriting of the whole); others as they are."""
+    if record.get("chunks") is not None:
+        return record
+    if record.get("latent") is not None:
+        return record | {"chunks": [{"suffix": record["text"], "latent": record["latent"]}]}
+    parts = split_into_chunks(record["text"], lambda text: len(split(text, encoding)), CHUNK_TOKENS)
+    return record | {"chunks": [{"suffix": part} for part in parts]}
+
+
+def ids_of(thought: dict, tokenizer: Tokenizer) -> list[int]:
+    """The ids of a thought: those that were drawn, where it has them, else its text encoded.
+
+    Raises ValueError where in this vocabulary the drawn ids are not those of the text.
+    """
+    ids, latent = thought.get("latent_ids"), thought["latent"]
+    if ids is None:
+        return tokenizer.encode(latent)
+    if max(ids, default=0) >= tokenizer.vocab_size or tokenizer.decode(ids) != latent:
+        raise ValueError(f"the latent_ids of {latent[:40]!r} are of another vocabulary; use the checkpoint that drew them "
+                         "(train.py --init_from CKPT), or draw anew (sample_latents.py --redraw true)")
+    return ids
 
 
 def encode_document(index: int, record: dict, tokenizer: Tokenizer) -> Document:
@@ -67,18 +124,8 @@ def encode_document(index: int, record: dict, tokenizer: Tokenizer) -> Document:
     return Document(index, chunks, record)
 
 
-def ids_of(thought: dict, tokenizer: Tokenizer) -> list[int]:
-    """The ids of a thought: those that were drawn, where it has them, else its text encoded.
-
-    Raises ValueError where in this vocabulary the drawn ids are not those of the text.
-    """
-    ids, latent = thought.get("latent_ids"), thought["latent"]
-    if ids is None:
-        return tokenizer.encode(latent)
-    if max(ids, default=0) >= tokenizer.vocab_size or tokenizer.decode(ids) != latent:
-        raise ValueError(f"the latent_ids of {latent[:40]!r} are of another vocabulary; use the checkpoint that drew them "
-                         "(train.py --init_from CKPT), or draw anew (sample_latents.py --redraw true)")
-    return ids
+def encode_corpus(records: list[dict], tokenizer: Tokenizer) -> list[Document]:
+    return [encode_document(i, record, tokenizer) for i, record in enumerate(records)]
 
 
 @contextlib.contextmanager
@@ -88,6 +135,27 @@ def naming_the_line(path: str, number: int):
         yield
     except ValueError as error:
         raise ValueError(f"{path}:{number + 1}: {error}") from None
+
+
+def check_record(record: dict) -> dict:
+    """A document of the data contract, or a ValueError that says what is wrong with it."""
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise ValueError('a document needs a "text"')
+    if not isinstance(record.get("latent"), str | None):
+        raise ValueError('the "latent" of a document is a text or null')
+    chunks = record.get("chunks")
+    if chunks is None:
+        return record
+    if not isinstance(chunks, list) or not all(isinstance(c, dict) and isinstance(c.get("suffix"), str)
+               and isinstance(c.get("latent"), str | None) for c in chunks):
+        raise ValueError('each chunk needs a "suffix", and its "latent" is a text or null')
+    for draws in (chunk["draws"] for chunk in chunks if chunk.get("draws") and chunk.get("latent") is not None):
+        if not all(isinstance(d, dict) and isinstance(d.get("latent"), str) and isinstance(d.get("weight"), float | int)
+                   and 0 <= d["weight"] < math.inf for d in draws) or not sum(d["weight"] for d in draws):
+            raise ValueError('each of the "draws" needs a "latent" and a "weight", at least 0 and not all 0')
+    if "".join(chunk["suffix"] for chunk in chunks) != record["text"]:
+        raise ValueError('the suffixes of the chunks do not add up to "text"')
+    return record
 
 
 def read_record(path: str, number: int, line: bytes) -> dict:
@@ -104,17 +172,6 @@ def read_document(path: str, number: int, line: bytes, tokenizer: Tokenizer, wit
         record["chunks"] = [{key: chunk[key] for key in chunk if key not in dropped} for chunk in record["chunks"]]
     with naming_the_line(path, number):
         return encode_document(number, record, tokenizer)
-
-
-def with_chunks(record: dict, encoding: str) -> dict:
-    """A document that has only `text`, with the chunks it splits into, or as one chunk where it has a `latent` of its own
-    (a rewriting of the whole); others as they are."""
-    if record.get("chunks") is not None:
-        return record
-    if record.get("latent") is not None:
-        return record | {"chunks": [{"suffix": record["text"], "latent": record["latent"]}]}
-    parts = split_into_chunks(record["text"], lambda text: len(split(text, encoding)), CHUNK_TOKENS)
-    return record | {"chunks": [{"suffix": part} for part in parts]}
 
 
 def make_embedded(folder, seed: int = 0) -> None:
@@ -159,59 +216,3 @@ def texts_of(records, encoding: str) -> Iterator[str]:
             if piece.get("latent") is not None:
                 yield piece["latent"]
                 yield from (drawn["latent"] for drawn in piece.get("draws", []))
-
-
-def check_record(record: dict) -> dict:
-    """A document of the data contract, or a ValueError that says what is wrong with it."""
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise ValueError('a document needs a "text"')
-    if not isinstance(record.get("latent"), str | None):
-        raise ValueError('the "latent" of a document is a text or null')
-    chunks = record.get("chunks")
-    if chunks is None:
-        return record
-    if not isinstance(chunks, list) or not all(isinstance(c, dict) and isinstance(c.get("suffix"), str)
-               and isinstance(c.get("latent"), str | None) for c in chunks):
-        raise ValueError('each chunk needs a "suffix", and its "latent" is a text or null')
-    for draws in (chunk["draws"] for chunk in chunks if chunk.get("draws") and chunk.get("latent") is not None):
-        if not all(isinstance(d, dict) and isinstance(d.get("latent"), str) and isinstance(d.get("weight"), float | int)
-                   and 0 <= d["weight"] < math.inf for d in draws) or not sum(d["weight"] for d in draws):
-            raise ValueError('each of the "draws" needs a "latent" and a "weight", at least 0 and not all 0')
-    if "".join(chunk["suffix"] for chunk in chunks) != record["text"]:
-        raise ValueError('the suffixes of the chunks do not add up to "text"')
-    return record
-
-
-# ---- chunking: raw text -> suffixes ----------------------------------------------------------------------------
-
-# A sentence ends after . ! ? (and closing quotes) before white space and no lower-case letter, or after line breaks;
-# the white space stays with the sentence before it.
-SENTENCE_END = re.compile(r"""(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bMrs)(?<!\bProf)(?<!\bvs)(?<!\be\.g)(?<!\bi\.e)
-                              [.!?]["')\]”’]*\s+(?![a-z\s])  |  \s*\n\s*(?!\s)""", re.VERBOSE)
-
-
-def split_into_sentences(text: str) -> list[str]:
-    """Sentences with their white space; joined they give any text back."""
-    ends = [match.end() for match in SENTENCE_END.finditer(text)]
-    return [text[a:b] for a, b in zip([0, *ends], [*ends, len(text)]) if a < b]
-
-
-def split_into_chunks(text: str, count_tokens: Callable[[str], int], chunk_tokens: int) -> list[str]:
-    """Chunks of Poisson(7) + 1 sentences, at most 20 and at most `chunk_tokens` tokens; joined they give the text back.
-
-    Seeded by the text itself: a text always splits in the same way. A sentence over the cap is halved until it fits.
-    """
-    def fit(part: str) -> list[str]:
-        half = len(part) // 2
-        return [part] if half == 0 or count_tokens(part) <= chunk_tokens else fit(part[:half]) + fit(part[half:])
-
-    random = np.random.default_rng(list(hashlib.sha256(text.encode()).digest()))
-    sentences = [part for sentence in split_into_sentences(text) for part in fit(sentence)]
-    chunks = []
-    while sentences:
-        size = min(1 + int(random.poisson(7)), 20, len(sentences))
-        while size > 1 and sum(count_tokens(sentence) for sentence in sentences[:size]) > chunk_tokens:
-            size -= 1
-        chunks.append("".join(sentences[:size]))
-        sentences = sentences[size:]
-    return chunks

@@ -136,6 +136,35 @@ class Verdict:
     why: str
 
 
+def figures(record: dict) -> dict[str, list]:
+    """What models are compared in, document by document: the more the better."""
+    accuracy = {"accuracy": record["correct"]} if "correct" in record else {}
+    return accuracy | {"nats per document": [None if nll is None else -nll for nll in record["nll"]]}
+
+
+def beats_all(claim: str, ours: dict, others: list[dict]) -> Verdict:
+    found = {name: [better(values, figures(other)[name]) for other in others] for name, values in figures(ours).items()}
+    return Verdict(claim, all(ok for results in found.values() for ok, _ in results),
+                   "; ".join(f"{name} {', '.join(text for _, text in results)}" for name, results in found.items()))
+
+
+def learns_hidden_facts(last: dict, controls: list[dict]) -> Verdict:
+    hidden = [better(where_hidden(last), where_hidden(control)) for control in controls]
+    return Verdict("C2 EM learns what no gold thought states", all(ok for ok, _ in hidden),
+                   f"accuracy where a hidden fact is needed {', '.join(text for _, text in hidden)}; hidden facts known "
+                   f"{last['known']:.2f} against {max(control['known'] for control in controls):.2f}")
+
+
+def rounds_improve(rounds: list[dict]) -> Verdict:
+    shown, why = True, []
+    for name in figures(rounds[0]):
+        values = [figures(record)[name] for record in rounds]
+        end, steps = better(values[-1], values[0]), [better(after, before, -1) for before, after in zip(values, values[1:])]
+        shown = shown and all(ok for ok, _ in [end, *steps])
+        why.append(f"{name} {end[1]}, by rounds {', '.join(text for _, text in steps)}")
+    return Verdict("C3 rounds improve: the last beats the first, none is clearly worse than the one before", shown, "; ".join(why))
+
+
 def verdicts(records: dict[str, dict], num_latents: int) -> list[Verdict]:
     """What the run shows, decided by rules that know no figures; a claim whose arms did not run is left out.
 
@@ -164,35 +193,6 @@ def verdicts(records: dict[str, dict], num_latents: int) -> list[Verdict]:
         found.append(Verdict("C5 resampling improves the thoughts, for every model", all(a < b for a, b in shares),
                              "share of valid thoughts " + ", ".join(f"{a:.2f} -> {b:.2f}" for a, b in shares)))
     return found
-
-
-def figures(record: dict) -> dict[str, list]:
-    """What models are compared in, document by document: the more the better."""
-    accuracy = {"accuracy": record["correct"]} if "correct" in record else {}
-    return accuracy | {"nats per document": [None if nll is None else -nll for nll in record["nll"]]}
-
-
-def beats_all(claim: str, ours: dict, others: list[dict]) -> Verdict:
-    found = {name: [better(values, figures(other)[name]) for other in others] for name, values in figures(ours).items()}
-    return Verdict(claim, all(ok for results in found.values() for ok, _ in results),
-                   "; ".join(f"{name} {', '.join(text for _, text in results)}" for name, results in found.items()))
-
-
-def learns_hidden_facts(last: dict, controls: list[dict]) -> Verdict:
-    hidden = [better(where_hidden(last), where_hidden(control)) for control in controls]
-    return Verdict("C2 EM learns what no gold thought states", all(ok for ok, _ in hidden),
-                   f"accuracy where a hidden fact is needed {', '.join(text for _, text in hidden)}; hidden facts known "
-                   f"{last['known']:.2f} against {max(control['known'] for control in controls):.2f}")
-
-
-def rounds_improve(rounds: list[dict]) -> Verdict:
-    shown, why = True, []
-    for name in figures(rounds[0]):
-        values = [figures(record)[name] for record in rounds]
-        end, steps = better(values[-1], values[0]), [better(after, before, -1) for before, after in zip(values, values[1:])]
-        shown = shown and all(ok for ok, _ in [end, *steps])
-        why.append(f"{name} {end[1]}, by rounds {', '.join(text for _, text in steps)}")
-    return Verdict("C3 rounds improve: the last beats the first, none is clearly worse than the one before", shown, "; ".join(why))
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------

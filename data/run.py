@@ -95,6 +95,16 @@ def add_flags(parser, config, prefix: str = "", group=None) -> dict:
     return kinds
 
 
+def read_config(path: str) -> dict:
+    """The flat settings of a config.json. Raises FileNotFoundError, ValueError."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no config file {path!r}; a run folder holds one as config.json")
+    try:
+        return flatten(json.loads(Path(path).read_text(encoding="utf-8"))["config"])
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path!r} is no config.json of a run; it needs a \"config\" part") from None
+
+
 def parse_config(default, argv, description: str):
     """The config of a script: defaults < the "config" part of --config FILE < flags.
 
@@ -111,16 +121,6 @@ def parse_config(default, argv, description: str):
             raise ValueError(f"{path} sets {name!r}, which is no setting of this script; remove it")
         values[name] = convert(value, kinds[name], name)
     return rebuild(default, values)
-
-
-def read_config(path: str) -> dict:
-    """The flat settings of a config.json. Raises FileNotFoundError, ValueError."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"no config file {path!r}; a run folder holds one as config.json")
-    try:
-        return flatten(json.loads(Path(path).read_text(encoding="utf-8"))["config"])
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path!r} is no config.json of a run; it needs a \"config\" part") from None
 
 
 def script(main) -> None:

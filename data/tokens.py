@@ -17,14 +17,6 @@ MARKERS = (BOS, EOS, SOL, EOL, PRIOR, POST)
 WORD = re.compile(r" ?\w+| ?[^\w\s]|\s")     # " moss", ",", "\n": a word takes the space before it along
 
 
-def split(text: str, encoding: str) -> list[bytes]:
-    """The tokens of a text, as bytes; joined they give the text back. A marker spelled out is text like any other."""
-    if encoding == "words":
-        return [word.encode() for word in WORD.findall(text)]
-    base = load_encoding(encoding)
-    return base.decode_tokens_bytes(base.encode_ordinary(text))
-
-
 def load_encoding(encoding: str) -> tiktoken.Encoding:
     """One of tiktoken's encodings, which it downloads once. Raises ValueError where it is unknown or out of reach."""
     if encoding not in tiktoken.list_encoding_names():
@@ -34,6 +26,14 @@ def load_encoding(encoding: str) -> tiktoken.Encoding:
     except OSError as error:
         raise ValueError(f"tiktoken could not download --encoding {encoding} ({type(error).__name__}); set TIKTOKEN_CACHE_DIR "
                          "to a folder that has its files, or use --encoding words") from None
+
+
+def split(text: str, encoding: str) -> list[bytes]:
+    """The tokens of a text, as bytes; joined they give the text back. A marker spelled out is text like any other."""
+    if encoding == "words":
+        return [word.encode() for word in WORD.findall(text)]
+    base = load_encoding(encoding)
+    return base.decode_tokens_bytes(base.encode_ordinary(text))
 
 
 @dataclass(frozen=True)

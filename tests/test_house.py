@@ -83,6 +83,16 @@ def test_the_readme_has_commands_and_fits_an_evening():
     assert len(set(commands())) >= 6 and len(README.splitlines()) <= 260
 
 
+def test_files_read_downwards():
+    """A definition calls only what stands above it, or is imported."""
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("data/**/*.py")]:
+        definitions = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+        for number, node in enumerate(definitions):
+            below = {other.name for other in definitions[number + 1:]}
+            called = {call.func.id for call in ast.walk(node) if isinstance(call, ast.Call) and isinstance(call.func, ast.Name)}
+            assert not below & called, f"{path}:{node.lineno} {node.name} calls {below & called}"
+
+
 def test_every_function_is_short():
     for path in [*ROOT.glob("*.py"), *ROOT.glob("data/**/*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
