@@ -51,7 +51,7 @@ class SampleConfig:
     temperature: float = option(1.3, "of the proposal, which log_proposal counts; above 1 it explores more")
     max_latent_tokens: int = option(32, "a draw that is longer is unfinished: weight zero, never trained on")
     slots: int = option(512, "rows that decode together")
-    block_documents: int = option(1000, "documents per block; a block is drawn, scored and written as one")
+    block_documents: int = option(1000, "documents per block, which is drawn, scored and written as one; a killed run does at most this much again")
     score_tokens: int = option(4096, "tokens per batch when scoring")
     keep: Literal["one", "all"] = option("one", "what stays of the K thoughts: the chosen one, or all with their weights, of which "
                                                 "training picks one afresh each epoch")
