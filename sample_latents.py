@@ -145,6 +145,10 @@ def prefill(model: GPT, prompts: list[list[int]]) -> Prompts:
     return cache
 
 
+def round_up(n: int, step: int) -> int:
+    return math.ceil(n / step) * step
+
+
 def compaction(used: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What moves where so that the places in use come first: (places that are free, used places from beyond)."""
     count = int(used.sum())
@@ -196,7 +200,7 @@ class Slots:
         self.model, self.prompts, self.K, self.L, self.nobody = model, prompts, K, L, N * K
         self.few_shapes = compile == "on" or compile == "auto" and device.type in RECORDS
         self.steps = self.row_steps = self.done = 0
-        rows, self.most_slots = min(rows, N * K), tuple(math.ceil(n / 16) * 16 for n in (L, max(map(len, prompts)) - 1))
+        rows, self.most_slots = min(rows, N * K), tuple(round_up(n, 16) for n in (L, max(map(len, prompts)) - 1))
         self.check_every, self.recorded = CHECK_EVERY[device.type], {}
         self.arrivals, self.waiting, self.waiting_seat = self.prefilled(), range(0), 0    # prompts; draws of the last seated
         self.seated = Prompts(model.config, min(rows, 2 + 2 * rows // K) + 1, self.most_slots[1], device, model.dtype)
@@ -294,7 +298,7 @@ class Slots:
         """Every row draws a token."""
         slots = int(self.age[self.live].max()) + 1, int(self.prompt_tokens[self.live].max())
         steps = (64, 64) if self.few_shapes else (16, 1)        # matrix products of a few entries take a slow path on CPUs
-        slots = tuple(min(math.ceil(n / step) * step, most) for n, step, most in zip(slots, steps, self.most_slots))
+        slots = tuple(min(round_up(n, step), most) for n, step, most in zip(slots, steps, self.most_slots))
         shape = (len(self.live), *slots)
         job = partial(self.decode, token=self.token, age=self.age_there, draw=self.draw, own_slots=slots[0], prompt_slots=slots[1])
         if shape in self.recorded:

@@ -82,12 +82,14 @@ class TrainState:
     step: int = 0
     tokens: int = 0                 # that went through the model, padding apart
     observed_tokens: int = 0        # targets that are observed text
+    latent_tokens: int = 0          # targets that are thoughts
     position: tuple = (0, 0, 0)     # of the stream of rows, see `Position`
     dtype: str = ""                 # what the products are computed in, chosen at the start
 
     def count(self, batch: StepBatch) -> None:
         self.tokens += batch.num_tokens
         self.observed_tokens += batch.num_observed
+        self.latent_tokens += batch.num_latent
         self.position = astuple(batch.position)
 
 
@@ -452,21 +454,20 @@ def open_model(config: MainConfig, sources: list[Source]) -> tuple[GPT, Tokenize
     return GPT(replace(config.model, vocab_size=tokenizer.vocab_size), config.seed), tokenizer
 
 
-def validation_config(config: TrainConfig, documents) -> TrainConfig:
+def validation_config(config: TrainConfig, state: TrainState) -> TrainConfig:
     """The settings of the training, but that a held-out chunk without a thought stands after SOL EOL where the layout is joint or
-    posterior and the training corpus has thoughts: there the posterior form teaches text without a thought so, not bare."""
-    chunks = (chunk for document in documents for chunk in document.chunks)
-    thinks = config.layout in ("joint", "posterior") and any(chunk.latent is not None for chunk in chunks)
-    return replace(config, plain_as="no_thought") if thinks else config
+    posterior and there were thoughts to train on: there the posterior form teaches text without a thought so, not bare."""
+    taught = config.layout in ("joint", "posterior") and state.latent_tokens > 0
+    return replace(config, plain_as="no_thought") if taught else config
 
 
-def report_held_out(model: GPT, tokenizer: Tokenizer, held_out: list, config: MainConfig, step: int, ranks: Ranks) -> None:
+def report_held_out(model: GPT, tokenizer: Tokenizer, held_out: list, config: MainConfig, state: TrainState, ranks: Ranks) -> None:
     """Print and log the validation, where there is a held-out corpus."""
     for part in held_out:
-        record = validate(model, tokenizer, part, config, ranks)
+        record = validate(model, tokenizer, part, validation_config(config, state), ranks)
         ranks.say("  held-out: " + (", ".join(f"{name[4:]} {value:.3f}" for name, value in record.items()) or "nothing to predict"))
         if ranks.main:
-            append_metrics(config.out, {"step": step, **record})
+            append_metrics(config.out, {"step": state.step, **record})
 
 
 def main(argv=None) -> None:
@@ -485,9 +486,8 @@ def main(argv=None) -> None:
     ranks.say(f"training {model.num_parameters():,} parameters on {len(documents):,} documents of {config.data}, {ranks.world} "
               f"process(es) on {ranks.device}, in {choose_dtype(config, model.config.width, ranks.device)}")
 
-    checked = validation_config(config, documents) if held_out else config
     state = train(model, tokenizer, documents, config, config.out, ranks,
-                  at_checkpoint=lambda state: report_held_out(model, tokenizer, held_out, checked, state.step, ranks),
+                  at_checkpoint=lambda state: report_held_out(model, tokenizer, held_out, config, state, ranks),
                   at_record=lambda record: ranks.say(line_of(record, config.steps)))
     ranks.say(f"{config.out}/ckpt.pt: {state.step} steps in {state.dtype}, {state.tokens:,} tokens, {state.observed_tokens:,} observed")
 

@@ -57,3 +57,8 @@ def documents(tokenizer):
 @pytest.fixture
 def alone() -> Ranks:
     return Ranks(0, 1, torch.device("cpu"))
+
+
+def graphs_compiled() -> int:
+    """Of this process, by torch.compile, so far."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]

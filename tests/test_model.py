@@ -5,7 +5,7 @@ import torch
 
 import model as gpt
 from model import GPT, Branches, DecodingBranches, GPTConfig, Prompts, load_checkpoint, packed_mask, save_checkpoint
-from tests.conftest import random_model
+from tests.conftest import graphs_compiled, random_model
 
 V = 11
 
@@ -143,10 +143,6 @@ def packed_batch(device="cpu", T=200, seed=0):
     """ids, targets and document numbers of three rows, each cut into documents in its own way."""
     ids, document = ids_of(3, T, seed=seed), (torch.arange(T) + 7 * seed) // torch.tensor([[30], [70], [200]])
     return ids.to(device), ids.roll(-1, 1).to(device), document.to(device)
-
-
-def graphs_compiled() -> int:
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 @torch.no_grad()

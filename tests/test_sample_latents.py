@@ -27,7 +27,7 @@ from model import Prompts, load_checkpoint, save_checkpoint
 from sample_latents import (SampleConfig, annotate, at_precision, effective_sample_size, e_step, generate, importance_bound, infer,
                             inverse_cdf, documents_of_blocks, latent_uniforms, log_importance_weights, main, places_to_infer,
                             proposal_log_probs, propose, resample, score_joint, summarize, uniform_numbers, vocabulary_mask)
-from tests.conftest import random_model
+from tests.conftest import graphs_compiled, random_model
 
 CAP = 3        # max_latent_tokens of the enumerated world: thoughts of 0, 1 or 2 words finish, others do not
 
@@ -295,9 +295,9 @@ def test_the_compiled_step_is_compiled_no_more_once_it_is_warm(small, monkeypatc
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda job, **keywords: compile(job, backend="eager", **keywords))
     assert generate(model, prompts, uniforms, slots=48, compile="on", **others).ids == generate(model, prompts, uniforms, **others).ids
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    graphs = graphs_compiled()
     generate(model, prompts[::-1], uniforms, slots=48, compile="on", **others)
-    assert 0 < graphs == torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert 0 < graphs == graphs_compiled()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -310,9 +310,9 @@ def test_cuda_replays_what_it_would_call(small, monkeypatch, compile):
     replayed = generate(model, prompts, uniforms, slots=48, compile=compile, **others)
     assert recordings and replayed.ids == called.ids
     torch.testing.assert_close(replayed.log_prob, called.log_prob, atol=1e-4, rtol=1e-4)
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    graphs = graphs_compiled()
     generate(model, prompts[::-1], uniforms, slots=48, compile=compile, **others)
-    assert graphs == torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs == graphs_compiled()
 
 
 def test_a_single_draw_is_kept_with_weight_one(small):

@@ -1,5 +1,6 @@
 """Laws of train.py: the loss is summed and divided once, resuming is bit-identical, two processes do what one does."""
 import collections
+import itertools
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from data.run import Ranks
 from data.tokens import Tokenizer, tokenizer_for
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from tests.conftest import RECORDS, random_model
-from train import (Muon, TrainConfig, backward, choose_dtype, main, make_optimizers, nearest_orthogonal,
+from train import (Muon, TrainConfig, TrainState, backward, choose_dtype, main, make_optimizers, nearest_orthogonal,
                    schedule, train, validate, validation_config)
 
 SMALL = TrainConfig(steps=12, batch_tokens=64, row_tokens=16, checkpoint_every=5,
@@ -322,12 +323,15 @@ def test_a_run_does_not_go_on_with_other_data(corpus, tmp_path):
         main(flags(corpus, tmp_path / "run"))
 
 
-def test_held_out_text_stands_as_the_training_taught_it(documents):
+def test_held_out_text_stands_as_the_training_taught_it(documents, layout, alone):
     """After SOL EOL where the corpus has thoughts and the layout trains that form, else bare."""
     bare = [replace(document, chunks=[replace(chunk, latent=None) for chunk in document.chunks]) for document in documents]
-    for part, layout, plain_as in ((documents, "joint", "no_thought"), (documents, "posterior", "no_thought"), (documents, "prior", "plain"),
+    for part, name, plain_as in ((documents, "joint", "no_thought"), (documents, "posterior", "no_thought"), (documents, "prior", "plain"),
                                    (documents, "raw", "plain"), (bare, "joint", "plain")):
-        assert validation_config(replace(SMALL, layout=layout), part) == replace(SMALL, layout=layout, plain_as=plain_as)
+        config, state = replace(SMALL, layout=name), TrainState()
+        for batch in itertools.islice(training_batches(part, layout, config, Position(), alone), 3):
+            state.count(batch)
+        assert validation_config(config, state) == replace(SMALL, layout=name, plain_as=plain_as)
 
 
 def test_a_held_out_corpus_beside_the_data_is_found(corpus, tmp_path, capsys):
