@@ -32,8 +32,8 @@ class GPTConfig:
     heads: int = field(default=2, metadata={"help": "query heads; must divide the width"})
     kv_heads: int = field(default=2, metadata={"help": "key-value heads; must divide the heads"})
     ffn: int = field(default=160, metadata={"help": "hidden size of the SwiGLU"})
-    rope_base: float = field(default=100.0, metadata={"help": "base of the rotary frequencies; open models have 10000 or more"})
-    embedding_std: float = field(default=0.2, metadata={"help": "initial std of the embedding; large helps tiny models"})
+    rope_base: float = field(default=100.0, metadata={"help": "base of the rotary frequencies; 10000 in open models"})
+    embedding_std: float = field(default=0.2, metadata={"help": "initial std of the embedding; large is for tiny ones"})
     tied: bool = field(default=False, metadata={"help": "share the embedding with the output head"})
 
     def __post_init__(self):
@@ -53,9 +53,9 @@ class GPTConfig:
 # ---- KV cache --------------------------------------------------------------------------------------------------
 
 class Prompts:
-    """Keys and values of prompts, (layer, prompt, kv head, slot, head dim): computed once, read by all that continue them.
+    """Keys and values of prompts, (layer, prompt, kv head, slot, head dim): computed once, read by all that continue.
 
-    Slot = position. `lengths` (P,) is how many slots of each prompt count; what padding left in later ones is never seen.
+    Slot = position. `lengths` (P,) is how many slots of a prompt count; what padding left in later ones is never seen.
     """
     positions = None        # a prompt starts at position 0
 
@@ -64,67 +64,79 @@ class Prompts:
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(prompts, dtype=torch.long, device=device)
+        self.first = 0          # of those that go through the model now
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention of whole prompts, whose keys and values are kept. q (P, H, T, D), k and v (P, G, T, D)."""
-        self.keys[layer], self.values[layer] = k, v
+        here = slice(self.first, self.first + len(k))
+        self.keys[layer, here, :, :k.shape[2]], self.values[layer, here, :, :k.shape[2]] = k, v
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-
-    def copy(self, to: int, source: "Prompts", place: int) -> None:
-        """Put a prompt of another cache, which has as many slots or fewer, into a place of this one."""
-        slots = source.keys.shape[3]
-        self.lengths[to] = source.lengths[place]
-        self.keys[:, to, :, :slots], self.values[:, to, :, :slots] = source.keys[:, place], source.values[:, place]
-
-    def grow(self) -> None:
-        """Make room for twice as many prompts."""
-        self.keys, self.values = (torch.cat([x, torch.zeros_like(x)], dim=1) for x in (self.keys, self.values))
-        self.lengths = torch.cat([self.lengths, torch.zeros_like(self.lengths)])
 
 
 class Branches:
-    """Rows that continue prompts, any number after each. A row attends to its prompt's slots and to its own.
+    """Rows that continue prompts, any number after each. A row attends to its prompt's slots and to its own at once.
 
-    Rows of a prompt are brought together (P prompts x R rows, padded), so that its keys and values are read once for all
-    of them and never copied; reading them row by row takes most of the time of decoding.
+        prompt 0   a b c d .        row 0   x y          prompt 0, slots of its own 0 and 1 = positions 4 and 5
+        prompt 1   a b c . .        row 1   x y          prompt 1, positions 3 and 4
+                                    row 2   x y          prompt 0
+
+    All rows are of one age: what they read next goes into the same slots of all. Rows of a prompt are brought together
+    (P prompts x R rows, padded), so that its keys and values are read once for all of them and never copied.
     """
 
-    def __init__(self, prompts: Prompts):
-        self.prompts = prompts
+    def __init__(self, prompts: Prompts, rows: int, slots: int = 0):
+        """With slots the rows' own keys and values are kept; without, what the rows read comes all at once."""
+        layers, _, kv_heads, _, head_size = prompts.keys.shape
+        device, self.prompts = prompts.keys.device, prompts
+        self.keys = prompts.keys.new_zeros(layers, rows, kv_heads, slots, head_size)
+        self.values = torch.zeros_like(self.keys)
+        self.where_kept, self.starts_kept = torch.zeros(2, rows, dtype=torch.long, device=device)
 
-    def arrange(self, prompt_of: np.ndarray, shape: tuple[int, int] | None = None) -> None:
-        """Say which prompt each row continues, (B,).
+    def group(self, owner: np.ndarray, prompt_slots: int, shape: tuple[int, int] | None = None) -> None:
+        """Say which prompt each row continues, (B,), and how many slots of the prompts there are to look at.
 
-        shape: (P, R) to keep to instead of the smallest, for all prompts at hand and up to R rows of each. (Rows beyond R
-        share a place with others of that prompt and come to nothing: idle rows do.)
+        shape: (P, R) to keep to, for all prompts at hand and up to R rows of each, instead of the smallest.
         """
-        used, group, counts = np.unique(prompt_of, return_inverse=True, return_counts=True)
+        used, group, counts = np.unique(owner, return_inverse=True, return_counts=True)
         number = np.empty_like(group)                                     # of a row among those of its prompt
         number[group.argsort(kind="stable")] = np.arange(len(group)) - np.repeat(counts.cumsum() - counts, counts)
-        if shape:
-            used, group, number = np.arange(shape[0]), prompt_of, number.clip(max=shape[1] - 1)
+        used, group = (np.arange(shape[0]), owner) if shape else (used, group)
         device, self.shape = self.prompts.keys.device, shape or (len(used), int(counts.max()))
-        self.where = torch.from_numpy(group * self.shape[1] + number).to(device)
         self.used = slice(len(used)) if used[-1] == len(used) - 1 else torch.from_numpy(used).to(device)
-        self.starts = self.prompts.lengths[torch.from_numpy(prompt_of).to(device)]
+        # always in the same memory, where a recorded step looks for it
+        self.where = self.where_kept[:len(owner)].copy_(torch.from_numpy(group * self.shape[1] + number))
+        self.starts = self.starts_kept[:len(owner)].copy_(self.prompts.lengths[torch.from_numpy(owner).to(device)])
+        self.owner, self.prompt_slots = owner, prompt_slots
 
-    def place(self, slots: Tensor, own_slots: int, prompt_slots: int) -> None:
-        """Say which of its own slots each new token takes, (B, T), and how many slots there are to look at, at most."""
-        device = slots.device
-        prompt = torch.arange(prompt_slots, device=device) < self.starts[:, None, None]               # (B, 1, Sp)
-        own = torch.arange(own_slots, device=device) <= slots[:, :, None]                             # (B, T, So)
-        seen = torch.cat([prompt.expand(-1, slots.shape[1], -1), own], dim=-1)
-        self.bias = torch.zeros(seen.shape, device=device).masked_fill_(~seen, -math.inf)[:, None, None]
-        self.positions, self.own_slots, self.prompt_slots = self.starts[:, None] + slots, own_slots, prompt_slots
+    def at(self, slot: Tensor, tokens: int, own_slots: int) -> None:
+        """Say that the next `tokens` of every row go to `slot` (1,) and after, and how many own slots to look at."""
+        new = slot + torch.arange(tokens, device=slot.device)                                         # (T,)
+        prompt = torch.arange(self.prompt_slots, device=slot.device) < self.starts[:, None, None]     # (B, 1, Sp)
+        own = torch.arange(own_slots, device=slot.device) <= new[:, None]                             # (T, So)
+        seen = torch.cat([prompt.expand(-1, tokens, -1), own.expand(len(self.starts), -1, -1)], dim=-1)
+        self.bias = torch.zeros(seen.shape, device=slot.device).masked_fill_(~seen, -math.inf)[:, None, None]
+        self.new, self.positions, self.own_slots = new, self.starts[:, None] + new, own_slots
 
-    def own(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the rows' own slots: those of the tokens at hand, which start at slot 0."""
-        return k, v
+    def keep(self, alive: np.ndarray, shape: tuple[int, int] | None = None) -> np.ndarray:
+        """Go on with the rows that are alive, (B,) bool, the last filling gaps; returns which row each place has."""
+        count = int(alive.sum())
+        order, free, moved = np.arange(count), np.flatnonzero(~alive[:count]), count + np.flatnonzero(alive[count:])
+        self.keys[:, free], self.values[:, free] = self.keys[:, moved], self.values[:, moved]
+        order[free] = moved
+        self.group(self.owner[order], self.prompt_slots, shape)
+        return order
+
+    def own(self, kept: Tensor, new: Tensor) -> Tensor:
+        """Keys or values of the rows' own slots, (B, G, So, D), with those of new tokens, (B, G, T, D), put in."""
+        if not kept.shape[2]:
+            return new
+        kept[:len(new)].index_copy_(2, self.new, new)
+        return kept[:len(new), :, :self.own_slots]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of new tokens, q (B, H, T, D), k and v (B, G, T, D): one softmax over [prompt's slots | own slots]."""
+        """Attention of new tokens, q (B, H, T, D), k and v (B, G, T, D): one softmax over [prompt | own slots]."""
         (B, H, T, D), G = q.shape, k.shape[1]
-        own_k, own_v = self.own(layer, k, v)                                                          # (B, G, So, D)
+        own_k, own_v = self.own(self.keys[layer], k), self.own(self.values[layer], v)                 # (B, G, So, D)
         prompt_k = self.prompts.keys[layer, self.used, :, :self.prompt_slots]                         # (P, G, Sp, D)
         prompt_v = self.prompts.values[layer, self.used, :, :self.prompt_slots]
         q = (q * D ** -0.5).reshape(B, G, H // G * T, D)        # the queries of a kv head, so that it is not expanded
@@ -147,38 +159,6 @@ class Branches:
         return x.view(P, G, R, RN // R, D).transpose(1, 2).reshape(P * R, G, RN // R, D)[self.where]
 
 
-class DecodingBranches(Branches):
-    """Branches that grow token by token: keys and values of their own slots are kept, (layer, row, kv head, slot, head dim)."""
-
-    def __init__(self, prompts: Prompts, rows: int, slots: int):
-        super().__init__(prompts)
-        layers, _, kv_heads, _, head_size = prompts.keys.shape
-        self.keys = prompts.keys.new_zeros(layers, rows, kv_heads, slots, head_size)
-        self.values = torch.zeros_like(self.keys)
-        self.kept_where, self.kept_starts = (torch.zeros(rows, dtype=torch.long, device=self.keys.device) for _ in range(2))
-
-    def arrange(self, prompt_of: np.ndarray, shape: tuple[int, int] | None = None) -> None:
-        """As of any branches, but always in the same memory, where a recorded step looks for it."""
-        super().arrange(prompt_of, shape)
-        self.where, self.starts = self.kept_where[:len(prompt_of)].copy_(self.where), self.kept_starts[:len(prompt_of)].copy_(self.starts)
-
-    def place(self, slots: Tensor, own_slots: int, prompt_slots: int) -> None:
-        super().place(slots, own_slots, prompt_slots)
-        G, S = self.keys.shape[2:4]
-        heads = torch.arange(len(slots) * G, device=slots.device).view(-1, G, 1)
-        self.into = (heads * S + slots[:, None]).flatten()                # of (row, kv head, slot), for each new (B, G, T)
-
-    def own(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        D, rows = k.shape[3], slice(len(k))
-        self.keys[layer].view(-1, D).index_copy_(0, self.into, k.reshape(-1, D))
-        self.values[layer].view(-1, D).index_copy_(0, self.into, v.reshape(-1, D))
-        return self.keys[layer, rows, :, :self.own_slots], self.values[layer, rows, :, :self.own_slots]
-
-    def move(self, to: np.ndarray, source: np.ndarray) -> None:
-        """Copy rows over others."""
-        self.keys[:, to], self.values[:, to] = self.keys[:, source], self.values[:, source]
-
-
 # ---- the network -----------------------------------------------------------------------------------------------
 
 def rotary_table(config: GPTConfig) -> Tensor:
@@ -191,8 +171,8 @@ def rotary_table(config: GPTConfig) -> Tensor:
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     """Rotate feature i with feature i + D/2 (the half-rotated convention). x (B, H, T, D), rotary (2, [B, 1,] T, D)."""
-    cos, sin = rotary
-    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
+    cos, sin = rotary.to(x.dtype)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 class Attention(nn.Module):
@@ -204,7 +184,8 @@ class Attention(nn.Module):
         self.value = nn.Linear(config.width, config.kv_heads * config.head_size, bias=False)
         self.out = nn.Linear(config.heads * config.head_size, config.width, bias=False)
 
-    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | BlockMask | None, cache: Prompts | Branches | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | BlockMask | None,
+                cache: Prompts | Branches | None) -> Tensor:
         B, T, E = x.shape
         q = rotate(self.query(x).view(B, T, self.heads, self.head_size).transpose(1, 2), rotary)      # (B, H, T, D)
         k = rotate(self.key(x).view(B, T, self.kv_heads, self.head_size).transpose(1, 2), rotary)     # (B, G, T, D)
@@ -249,8 +230,8 @@ def packed_mask(document: Tensor, head_size: int) -> Tensor | BlockMask:
                                . . x .
                                . . x x
 
-    A graph compiled for CUDA gets it as blocks of 128 x 128, of which flex_attention leaves out the empty ones; else, and
-    where there is but one block or heads are smaller than flex_attention takes, it is (B, 1, T, T).
+    A graph compiled for CUDA gets it as blocks of 128 x 128, of which flex_attention leaves out the empty ones; else,
+    and where there is but one block or heads are smaller than flex_attention takes, it is (B, 1, T, T).
     """
     (B, T), there = document.shape, torch.arange(document.shape[1], device=document.device)
 
@@ -264,17 +245,24 @@ def packed_mask(document: Tensor, head_size: int) -> Tensor | BlockMask:
 class GPT(nn.Module):
     """`forward` is every log-probability of the project; the sampler steps through `hidden` and `logits`."""
 
-    def __init__(self, config: GPTConfig, seed: int = 0):
+    def __init__(self, config: GPTConfig, seed: int | None = 0):
+        """With fresh weights; seed None leaves them as they come, for a checkpoint's."""
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.layers)])
         self.norm = nn.RMSNorm(config.width, eps=1e-5)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
-        if config.tied:
+        self.register_buffer("rotary", None, persistent=False)
+        self.complete()
+        if seed is not None:
+            self.initialize(seed)
+
+    def complete(self) -> None:
+        """What the configuration says beyond the weights: that two of them are one, and the rotary table."""
+        if self.config.tied:
             self.head.weight = self.embedding.weight
-        self.register_buffer("rotary", rotary_table(config), persistent=False)
-        self.initialize(seed)
+        self.rotary = rotary_table(self.config)
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
@@ -298,8 +286,8 @@ class GPT(nn.Module):
     def hidden(self, ids: Tensor, document: Tensor | None = None, cache: Prompts | Branches | None = None) -> Tensor:
         """The last hidden states, (B, T, E).
 
-        ids: (B, T). document: (B, T) numbers the documents packed in a row; a token sees its own only. cache: prompts to
-        be filled, or branches that continue them.
+        ids: (B, T). document: (B, T) numbers the documents packed in a row; a token sees its own only. cache: prompts
+        to be filled, or branches that continue them.
         """
         B, T = ids.shape
         if T > self.config.context:
@@ -310,20 +298,20 @@ class GPT(nn.Module):
         else:
             positions = cache.positions.clamp(max=self.config.context - 1)      # beyond it stands padding only
             rotary = self.rotary[:, positions][:, :, None]                                            # (2, B, 1, T, D)
-        x = self.embedding(ids).to(self.dtype)                                                        # (B, T, E)
+        x = self.embedding(ids)                                                                       # (B, T, E)
         for block in self.blocks:
             x = block(x, rotary, mask, cache)
-        return self.norm(x.to(self.norm.weight.dtype))
+        return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., E) -> (..., V) float32; under autocast the product itself is in bfloat16."""
+        """(..., E) -> (..., V) float32; the product itself is in the dtype of the weights, or of autocast."""
         return self.head(hidden).float()
 
     def log_probs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """log p(target) after each hidden state, (N, E) and (N,) -> (N,) float32, nats; 0 where a target is negative.
 
-        Every log-probability of the project. Logits are made a slab at a time, so that (N, V) is never whole in memory, and
-        not at all where there is no target (but in a compiled graph, whose shapes may not depend on data).
+        Every log-probability of the project. Logits are made a slab at a time, so that (N, V) is never whole in memory,
+        and not at all where there is no target (but in a compiled graph, whose shapes may not depend on data).
         """
         if not torch.compiler.is_compiling() and bool((targets < 0).any()):
             scored = targets >= 0
@@ -331,8 +319,9 @@ class GPT(nn.Module):
             return log_p.masked_scatter(scored, self.log_probs(hidden[scored], targets[scored]))
         size = max(1, SLAB[hidden.device.type] // self.config.vocab_size)
         slabs = list(zip(hidden.split(size), targets.clamp(min=-1).split(size)))
-        again = len(slabs) > KEPT_SLABS and torch.is_grad_enabled()
-        return torch.cat([checkpoint(self.slab, *slab, use_reentrant=False) if again else self.slab(*slab) for slab in slabs])
+        if len(slabs) > KEPT_SLABS and torch.is_grad_enabled():
+            return torch.cat([checkpoint(self.slab, *slab, use_reentrant=False) for slab in slabs])
+        return torch.cat([self.slab(*slab) for slab in slabs])
 
     def slab(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return -F.cross_entropy(self.logits(hidden), targets, ignore_index=-1, reduction="none")
@@ -347,8 +336,8 @@ class GPT(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the blocks compute in. Embedding, last norm and head stay in float32, and so do the logits."""
-        return self.blocks[0].mlp.out.weight.dtype
+        """Of the weights. Logits are float32 in any case."""
+        return self.norm.weight.dtype
 
     def num_parameters(self) -> int:
         """Parameters that multiply activations: all but an embedding table of its own."""
@@ -356,8 +345,8 @@ class GPT(nn.Module):
         return total if self.config.tied else total - self.embedding.weight.numel()
 
     def training_flops(self, row_tokens: int) -> int:
-        """FLOPs of a training step per token, in rows of so many tokens: two for every multiplication of a parameter and of
-        attention (counted without the causal half), once forward and twice backward. Source: arXiv:2204.02311, appendix B."""
+        """FLOPs of a training step per token, in rows of so many: two for every multiplication of a parameter and of
+        attention (without the causal half), once forward, twice backward. Source: arXiv:2204.02311, appendix B."""
         return 6 * self.num_parameters() + 12 * self.config.layers * self.config.width * row_tokens
 
 
@@ -370,15 +359,15 @@ def save_checkpoint(path: str, model: GPT, **state) -> None:
     os.replace(temporary, path)
 
 
-def read_checkpoint(path: str, mmap: bool = False) -> dict:
-    """What `save_checkpoint` wrote, with "model_config" and "model". mmap: the weights stay on disk until they are used.
+def read_checkpoint(path: str) -> dict:
+    """What `save_checkpoint` wrote, with "model_config" and "model". All tensors stay on the disk until they are used.
 
     Raises FileNotFoundError where there is no file, ValueError where it is not a checkpoint of this project.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"no checkpoint at {path!r}; make one with: python train.py --out {os.path.dirname(path)}")
+        raise FileNotFoundError(f"no checkpoint at {path!r}; make one: python train.py --out {os.path.dirname(path)}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         state["model_config"], state["model"] = GPTConfig(**state["model_config"]), dict(state["model"])
     except Exception as error:
         raise ValueError(f"{path!r} is not a whole checkpoint of nanoBoLT ({type(error).__name__})") from error
@@ -386,16 +375,12 @@ def read_checkpoint(path: str, mmap: bool = False) -> dict:
 
 
 def restore(state: dict, device="cpu") -> GPT:
-    """The model of a checkpoint that was read. Raises ValueError where its weights are not those of its configuration."""
-    model = GPT(state["model_config"])
+    """The model of a checkpoint that was read. Raises ValueError where weights and configuration do not fit."""
+    with torch.device("meta"):          # no memory, no random numbers
+        model = GPT(state["model_config"], seed=None)
     try:
-        model.load_state_dict(state["model"])
+        model.load_state_dict(state["model"], assign=True)
     except RuntimeError as error:
         raise ValueError("the weights of the checkpoint do not fit its model_config; it is not of nanoBoLT") from error
+    model.complete()
     return model.to(device)
-
-
-def load_checkpoint(path: str, device="cpu") -> tuple[GPT, dict]:
-    """The model on `device` and the other things saved with it. Raises what `read_checkpoint` and `restore` do."""
-    state = read_checkpoint(path)
-    return restore(state, device), {name: value for name, value in state.items() if name not in ("model", "model_config")}

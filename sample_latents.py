@@ -6,9 +6,9 @@
 The output is the corpus with a latent per chunk and the evidence to recompute the choice; train.py reads it as it is.
 Ids are sampled, the same ids are scored, and the same ids are trained on: no text stands between.
 
-    config -> drawing a token -> decoding in slots -> propose and score -> the estimator -> E-step over a corpus -> for people -> main
+    config -> drawing a token -> decoding in lock-step -> propose -> score -> the estimator -> a corpus -> main
 
-Shapes: N chunks, K draws each, L most new tokens of a draw, S slots (rows that decode together), V vocabulary.
+Shapes: N chunks, K draws each, L most new tokens of a draw, B rows that decode together, V vocabulary.
 """
 import copy
 import itertools
@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,17 +30,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data.corpus import Chunk, Document, naming_the_line, numbered_lines, read_document, stream_corpus
+from data.corpus import Chunk, Document, naming_the_line, numbered_lines, read_document
 from data.layout import Layout, Sequence
-from data.loader import length_batches, padded
-from data.report import show_chunk, summarize
-from data.run import (Ranks, join_files, open_run, option, parse_config, random_stream, require_positive, script, sha256_of,
-                      start_ranks, write_jsonl)
+from data.loader import collate
+from data.report import show_chunk
+from data.run import (Ranks, choose_dtype, choose_once, open_run, option, parse_config, random_stream, script,
+                      sha256_of, start_ranks, whole_file, write_whole)
 from data.tokens import Tokenizer
-from model import GPT, Branches, DecodingBranches, Prompts, read_checkpoint, restore
+from model import GPT, Branches, Prompts, read_checkpoint, restore
 
 
-PREFILL_TOKENS = 4096       # of the prompts that are prefilled together
+BATCH_TOKENS = {"cpu": 2 ** 12, "cuda": 2 ** 16, "mps": 2 ** 13}        # that are prefilled or scored at once
 CHECK_EVERY = {"cpu": 1, "cuda": 8, "mps": 8}       # steps between looks at which draws have ended
 RECORDS = ("cuda",)         # devices that replay a recorded step
 
@@ -47,22 +48,17 @@ RECORDS = ("cuda",)         # devices that replay a recorded step
 
 @dataclass(frozen=True)
 class SampleConfig:
-    num_latents: int = option(16, "K, the thoughts drawn per chunk")
-    temperature: float = option(1.3, "of the proposal, which log_proposal counts; above 1 it explores more")
-    max_latent_tokens: int = option(32, "a draw that is longer is unfinished: weight zero, never trained on")
-    slots: int = option(512, "rows that decode together")
-    block_documents: int = option(1000, "documents per block, which is drawn, scored and written as one; a killed run does at most this much again")
-    score_tokens: int = option(4096, "tokens per batch when scoring")
-    keep: Literal["one", "all"] = option("one", "what stays of the K thoughts: the chosen one, or all with their weights, of which "
-                                                "training picks one afresh each epoch")
+    num_latents: int = option(16, "K, the thoughts drawn per chunk", above=0)
+    temperature: float = option(1.3, "of the proposal, which log_proposal counts; above 1 it explores more", above=0)
+    max_latent_tokens: int = option(32, "a draw that is longer is unfinished: weight zero, never trained on", above=0)
+    rows: int = option(512, "draws that decode together", above=0)
+    block_chunks: int = option(1000, "chunks drawn and written as one; a killed run does as many again", above=0)
+    keep: Literal["one", "all"] = option("one", "of the K thoughts: the chosen one, or all with their weights, and "
+                                                "training picks one of them afresh each epoch")
     redraw: bool = option(False, "draw anew for chunks that have a latent")
-    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "what the blocks compute in; auto: bfloat16 on CUDA")
-    compile: Literal["auto", "on", "off"] = option("auto", "auto: on CUDA the decode step is recorded as a CUDA graph; on: torch.compile comes "
-                                                           "first, minutes that only a long E-step pays back")
-    seed: int = option(0, "of the draws and of the choice among them")
-
-    def __post_init__(self):
-        require_positive(self, "num_latents", "temperature", "max_latent_tokens", "slots", "block_documents", "score_tokens")
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "of the products; auto: bfloat16 on CUDA, and from width 192 on CPUs with units for it")
+    seed: int = option(0, "of the draws and of the choice among them", above=-1)
 
 
 # ---- drawing a token -------------------------------------------------------------------------------------------
@@ -84,277 +80,37 @@ def proposal_log_probs(logits: Tensor, temperature: float, banned: Tensor) -> Te
 
 
 def first_above(masses: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The first entry where the running sum of masses (B, n) exceeds the target (B,), and the target less what is before it.
+    """The first entry where the running sum of masses (B, n) tops the target (B,), and the target less what is before.
 
     No binary search: a parallel cumsum, as on CUDA, is not quite monotone, and an entry of mass 0 could be hit.
     """
     cdf = masses.cumsum(dim=-1).where(masses > 0, 0.0)
-    targets = torch.minimum(targets, cdf.amax(dim=-1) * (1 - 2 ** -23))[:, None]
+    targets = torch.minimum(targets, cdf.amax(dim=-1) * (1 - 2 ** -52))[:, None]
     index = (cdf > targets).int().argmax(dim=-1, keepdim=True)
     rest = targets - (cdf - masses).gather(1, index)
     return index.squeeze(1), rest.clamp(min=0).squeeze(1)
 
 
 def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """The index that each uniform number picks: (B, V) and (B,) -> (B,). An entry of probability 0 is never picked.
+    """The index that each uniform number picks, (B, V) float32 and (B,) float64 -> (B,); never one of probability 0.
 
-    First a block of about sqrt(V) entries by the masses of the blocks, then an entry of it. The uniforms are multiples of
-    2^-23 below 1, so that uniform x total stays below the total in float32.
+    First a block of about sqrt(V) entries by the masses of the blocks, then an entry of it. Sums are float64: with
+    numbers of 23 bits many ids of a vocabulary of 128k would have none that picks them.
     """
+    if probabilities.device.type == "mps":      # has no float64
+        return inverse_cdf(probabilities.cpu(), uniforms.cpu()).to(probabilities.device)
     V = probabilities.shape[-1]
     size = 1 << V.bit_length() // 2
     blocks = F.pad(probabilities, (0, -V % size)).unflatten(-1, (-1, size))                   # (B, V / size, size)
-    masses = blocks.sum(dim=-1)
+    masses = blocks.sum(dim=-1, dtype=torch.float64)
     block, rest = first_above(masses, uniforms * masses.sum(dim=-1))
-    inside, _ = first_above(blocks[torch.arange(len(block), device=block.device), block], rest)
+    inside, _ = first_above(blocks[torch.arange(len(block), device=block.device), block].double(), rest)
     return block * size + inside
 
 
 def uniform_numbers(seed: int, purpose: str, labels: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-    """float32 multiples of 2^-23 in [0, 1), a function of (seed, purpose, labels)."""
-    return torch.from_numpy(random_stream(seed, purpose, *labels).integers(2 ** 23, size=shape)).float() / 2 ** 23
-
-
-# ---- decoding in slots -----------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class Generated:
-    """What was decoded after each of N x K prompts: new ids without the stop id, nats of the distribution that was
-    sampled (the stop id's counted once), and whether a stop id came within the cap."""
-    ids: list[list[int]]
-    log_prob: Tensor        # (N K,) float32
-    finished: Tensor        # (N K,) bool
-    row_steps: int          # that were computed: tokens drawn, and those of rows whose draw had ended
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens drawn, stop ids included."""
-        return sum(map(len, self.ids)) + int(self.finished.sum())
-
-
-def prefill(model: GPT, prompts: list[list[int]]) -> Prompts:
-    """Keys and values of some prompts, but for the last token of each: what continues a prompt feeds that one first."""
-    device, longest = model.embedding.weight.device, max(map(len, prompts)) - 1
-    cache = Prompts(model.config, len(prompts), longest, device, model.dtype)
-    cache.lengths[:] = torch.tensor([len(prompt) - 1 for prompt in prompts])
-    if longest:
-        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids[row, :len(prompt) - 1] = torch.tensor(prompt[:-1])
-        model.hidden(ids.to(device), cache=cache)
-    return cache
-
-
-def round_up(n: int, step: int) -> int:
-    return math.ceil(n / step) * step
-
-
-def compaction(used: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What moves where so that the places in use come first: (places that are free, used places from beyond)."""
-    count = int(used.sum())
-    return np.flatnonzero(~used[:count]), count + np.flatnonzero(used[count:])
-
-
-def decode_step(model: GPT, branches: DecodingBranches, choose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], stop: Tensor, *,
-                uniforms: Tensor, ids: Tensor, log_prob: Tensor, token: Tensor, age: Tensor, draw: Tensor,
-                own_slots: int, prompt_slots: int) -> None:
-    """Every row draws a token: tensors alone, changed in place, so that the step can be compiled, recorded and replayed.
-
-    Of each row: its last token, its age, its draw. Of each draw, and last of nobody, to whom a row goes whose draw has
-    ended: the numbers it draws by, its ids, its log-probability.
-    """
-    nobody, oldest = len(ids) - 1, ids.shape[1] - 1
-    branches.place(age[:, None], own_slots, prompt_slots)
-    hidden = model.hidden(token[:, None], cache=branches)
-    new, log_q = choose(model.logits(hidden[:, 0]), uniforms[draw, age])
-    token.copy_(new)
-    ids[draw, age] = new
-    log_prob[draw] += log_q
-    draw.masked_fill_(stop[new], nobody)
-    age.add_(1).clamp_(max=oldest)      # only of a row for nobody
-
-
-def record(job: Callable[[], None], pool) -> "torch.cuda.CUDAGraph":
-    """A job that ran before as a CUDA graph, whose kernels are launched all at once; `pool` is memory shared with other graphs."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        job()
-    return graph
-
-
-ROW = ("live", "age", "seat", "prompt_tokens", "draw", "token", "age_there")       # what Slots know of each row
-
-
-class Slots:
-    """The rows that decode together. When a draw ends its row takes the next one at once, of whatever prompt.
-
-    What decides lies on the host: of each row its age (tokens drawn so far) and its seat, the place of its prompt among
-    those at hand. The device is asked only which draws have ended: after every step on a CPU, where that is free, else now
-    and then. Rows and seats in use come first, so that each are read in one piece. With `few_shapes`, for a step that is
-    compiled or recorded, rows are halved when half of them are idle, all seats are read, and idle rows have the last one, which
-    has no prompt.
-    """
-
-    def __init__(self, model: GPT, prompts: list[list[int]], uniforms: Tensor, rows: int, choose, stop: Tensor, compile: str):
-        (N, K, L), device = uniforms.shape, model.embedding.weight.device
-        self.model, self.prompts, self.K, self.L, self.nobody = model, prompts, K, L, N * K
-        self.few_shapes = compile == "on" or compile == "auto" and device.type in RECORDS
-        self.steps = self.row_steps = self.done = 0
-        rows, self.most_slots = min(rows, N * K), tuple(round_up(n, 16) for n in (L, max(map(len, prompts)) - 1))
-        self.check_every, self.recorded = CHECK_EVERY[device.type], {}
-        self.arrivals, self.waiting, self.waiting_seat = self.prefilled(), range(0), 0    # prompts; draws of the last seated
-        self.seated = Prompts(model.config, min(rows, 2 + 2 * rows // K) + 1, self.most_slots[1], device, model.dtype)
-        self.branches = DecodingBranches(self.seated, rows, self.most_slots[0])
-        # of each row, on the host; `age` on the device too, so that no step has to wait for it
-        self.live, (self.age, self.seat, self.prompt_tokens) = np.zeros(rows, bool), np.zeros((3, rows), int)
-        self.draw, self.token, self.age_there = (torch.full((rows,), value, device=device) for value in (self.nobody, 0, 0))
-        # of each draw, and of nobody
-        uniforms = F.pad(uniforms.reshape(N * K, L), (0, 0, 0, 1)).to(device)
-        self.ids = torch.zeros(N * K + 1, L, dtype=torch.long, device=device)
-        self.log_prob = torch.zeros(N * K + 1, device=device)
-        self.decode = partial(torch.compile(decode_step, dynamic=True) if compile == "on" else decode_step, model, self.branches,
-                              choose, stop, uniforms=uniforms, ids=self.ids, log_prob=self.log_prob)
-
-    def prefilled(self) -> Iterator[tuple[int, Prompts, int]]:
-        """Every prompt with its place in a cache; those of like length are prefilled together, when they are wanted."""
-        for batch in length_batches([len(prompt) for prompt in self.prompts], PREFILL_TOKENS):
-            cache = prefill(self.model, [self.prompts[n] for n in batch])
-            for place, n in enumerate(batch):
-                yield n, cache, place
-
-    def seat_next(self) -> bool:
-        """Give the next prompt a seat that no row uses, so that its draws wait for rows. False where there is none."""
-        n, cache, place = next(self.arrivals, (None, None, 0))
-        if n is None:
-            return False
-        self.waiting = range(n * self.K, (n + 1) * self.K)
-        self.waiting_seat = min(set(range(len(self.seat) + 1)).difference(self.seat[self.live].tolist()))
-        if self.waiting_seat == len(self.seated.lengths) - 1:
-            self.seated.grow()
-            self.recorded.clear()
-        self.seated.copy(self.waiting_seat, cache, place)
-        return True
-
-    def refill(self) -> int:
-        """Rows whose draw has ended take the next ones, or are closed where none waits; the number of rows that draw."""
-        ended = self.age == self.L
-        if self.steps % self.check_every == 0:
-            ended |= (self.draw == self.nobody).cpu().numpy()
-        ended &= self.live
-        self.done += int(ended.sum())
-        self.live &= ~ended
-        rows, draws = np.flatnonzero(~self.live), []
-        while len(draws) < len(rows) and (self.waiting or self.seat_next()):
-            taken = self.waiting[:len(rows) - len(draws)]
-            filled = rows[len(draws):len(draws) + len(taken)]
-            self.seat[filled], self.live[filled] = self.waiting_seat, True
-            self.waiting = self.waiting[len(taken):]
-            draws += taken
-        if draws:
-            self.start_draws(rows[:len(draws)], draws)
-        if self.live.any() and (draws or ended.any()):
-            self.close_rows()
-            self.arrange()
-        return int(self.live.sum())
-
-    def start_draws(self, rows: np.ndarray, draws: list[int]) -> None:
-        prompts = [self.prompts[draw // self.K] for draw in draws]
-        self.prompt_tokens[rows] = [len(prompt) - 1 for prompt in prompts]
-        self.age[rows] = self.age_there[rows] = 0
-        self.draw[rows] = torch.tensor(draws, device=self.draw.device)
-        self.token[rows] = torch.tensor([prompt[-1] for prompt in prompts], device=self.draw.device)
-
-    def close_rows(self) -> None:
-        """Bring the rows that draw to the front and drop the others, but for idle ones that keep the shape."""
-        drawing = int(self.live.sum())
-        rows = min(len(self.live), max(16, 1 << (drawing - 1).bit_length())) if self.few_shapes else drawing
-        if rows < len(self.live):
-            free, moved = compaction(self.live)
-            self.branches.move(free, moved)
-            for name in ROW:
-                column = getattr(self, name)
-                column[free] = column[moved]
-                setattr(self, name, column[:rows])
-            self.live[drawing:] = False
-
-    def close_seats(self) -> None:
-        """Bring the seats in use to the front."""
-        for free, moved in zip(*compaction(np.bincount(self.seat) > 0)):
-            self.seated.copy(free, self.seated, moved)
-            self.seat[self.seat == moved] = free
-            self.waiting_seat = free if self.waiting_seat == moved else self.waiting_seat
-
-    def arrange(self) -> None:
-        """Say to the branches which row has which seat."""
-        if self.few_shapes:
-            idle, seats = np.flatnonzero(~self.live), len(self.seated.lengths)
-            self.seat[idle], self.draw[idle] = seats - 1, self.nobody
-            self.branches.arrange(self.seat, (seats, self.K))
-        else:
-            self.close_seats()
-            self.branches.arrange(self.seat)
-
-    def step(self) -> None:
-        """Every row draws a token."""
-        slots = int(self.age[self.live].max()) + 1, int(self.prompt_tokens[self.live].max())
-        steps = (64, 64) if self.few_shapes else (16, 1)        # matrix products of a few entries take a slow path on CPUs
-        slots = tuple(min(round_up(n, step), most) for n, step, most in zip(slots, steps, self.most_slots))
-        shape = (len(self.live), *slots)
-        job = partial(self.decode, token=self.token, age=self.age_there, draw=self.draw, own_slots=slots[0], prompt_slots=slots[1])
-        if shape in self.recorded:
-            self.recorded[shape].replay()
-        else:
-            job()
-            if self.few_shapes and self.draw.device.type in RECORDS:
-                self.recorded[shape] = record(job, next((graph.pool() for graph in self.recorded.values()), None))
-        self.age = self.age + 1
-        self.steps += 1
-        self.row_steps += len(self.live)
-
-
-def check_room(context: int, tokens: int, new_tokens: int, what: str = "a prompt") -> None:
-    if tokens + new_tokens > context:
-        raise ValueError(f"{what} has {tokens} tokens; with {new_tokens} new ones it exceeds the context of {context}; "
-                         "lower --max_latent_tokens, split the chunk, or train with a larger --model.context")
-
-
-@torch.inference_mode()
-def generate(model: GPT, prompts: list[list[int]], uniforms: Tensor, *, stop: list[int], banned: list[int],
-             temperature: float = 1.0, slots: int = 512, greedy: bool = False, compile: str = "off",
-             progress: Callable[[int, int], None] = lambda draws, tokens: None) -> Generated:
-    """Decode K continuations of each of N prompts, until an id of `stop` or for L tokens at most.
-
-    uniforms: (N, K, L), a number for every token that may be drawn; none of the ids `banned` is. Each prompt is prefilled
-    once for its K draws; `slots` rows decode together. compile: see SampleConfig. progress(draws, tokens) is told how far
-    it is before each step.
-    """
-    check_room(model.config.context, max(map(len, prompts)), uniforms.shape[2])
-    total = uniforms.shape[0] * uniforms.shape[1]
-    stops, bans = vocabulary_mask(model, stop), vocabulary_mask(model, banned)
-
-    def choose(logits, uniforms):
-        log_q = proposal_log_probs(logits, temperature, bans)                                 # (S, V)
-        token = log_q.argmax(dim=-1) if greedy else inverse_cdf(log_q.exp(), uniforms)
-        return token, log_q.gather(1, token[:, None]).squeeze(1)
-
-    rows = Slots(model, prompts, uniforms, slots, choose, stops, compile)
-    while rows.refill():
-        progress(rows.done, rows.row_steps)
-        rows.step()
-    ids, stopped = rows.ids[:total].cpu(), stops[rows.ids[:total]].cpu()
-    finished = stopped.any(dim=-1)
-    lengths = stopped.int().argmax(dim=-1).where(finished, ids.shape[1]).tolist()
-    return Generated([row[:n] for row, n in zip(ids.tolist(), lengths)], rows.log_prob[:total].cpu(), finished, rows.row_steps)
-
-
-# ---- propose and score -----------------------------------------------------------------------------------------
-
-Place = tuple[Document, int]        # a chunk: its document and its number there
-
-
-def places_to_infer(document: Document) -> list[Place]:
-    """The chunks of a document that want a thought: observed, and without one."""
-    return [(document, c) for c, chunk in enumerate(document.chunks) if not chunk.given and chunk.latent is None]
+    """float64 in [0, 1) with 53 random bits, a function of (seed, purpose, labels)."""
+    return torch.from_numpy(np.asarray(random_stream(seed, purpose, *labels).random(shape)))
 
 
 def latent_uniforms(seed: int, round: int, document: int, chunk: int, num_latents: int, max_tokens: int) -> Tensor:
@@ -367,85 +123,277 @@ def latent_uniforms(seed: int, round: int, document: int, chunk: int, num_latent
     return torch.cat(blocks, dim=1)[:, :max_tokens]
 
 
+# ---- decoding in lock-step -------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Generated:
+    """What was decoded after each of N x K prompts: new ids without the stop id, nats of the distribution that was
+    sampled (the stop id's counted once), and whether a stop id came within the cap."""
+    ids: list[list[int]]
+    log_prob: Tensor        # (N K,) float32
+    finished: Tensor        # (N K,) bool
+    num_tokens: int         # that were drawn, stop ids included
+    row_steps: int          # that were computed: with those of rows whose draw had ended
+
+
+def length_batches(lengths: list[int], tokens: int) -> Iterator[list[int]]:
+    """Numbers of things of like length, longest first, in batches of so many tokens at most, an eighth padding."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while order:
+        longest, rows = lengths[order[0]], 1
+        while rows < len(order) and (rows + 1) * longest <= tokens and lengths[order[rows]] >= 7 / 8 * longest:
+            rows += 1
+        yield order[:rows]
+        order = order[rows:]
+
+
+def prefill(model: GPT, cache: Prompts, prompts: list[list[int]]) -> int:
+    """Fill a cache with prompts but for their last tokens, which what continues them reads first; the most slots."""
+    device, longest = model.embedding.weight.device, max(map(len, prompts)) - 1
+    cache.lengths[:len(prompts)] = torch.tensor([len(prompt) - 1 for prompt in prompts])
+    at_once = max(1, BATCH_TOKENS[device.type] // max(1, longest))
+    for cache.first in range(0, len(prompts) if longest else 0, at_once):
+        part = prompts[cache.first:cache.first + at_once]
+        ids = torch.tensor([prompt[:-1] + [0] * (longest + 1 - len(prompt)) for prompt in part])
+        model.hidden(ids.to(device), cache=cache)
+    return longest
+
+
+def decode_step(model: GPT, branches: Branches, choose, stops: Tensor, uniforms: Tensor, ids: Tensor, log_prob: Tensor,
+                *, draw: Tensor, token: Tensor, alive: Tensor, slot: Tensor, own_slots: int) -> None:
+    """Every row draws a token: tensors alone, changed in place, so that the step can be recorded and replayed.
+
+    Of each draw (n,): its uniforms (n, L), ids (n, L) and log_prob. Of each row (B,): its draw, its last token, and
+    whether the draw is alive; the tokens of one that has ended come to nothing. `slot` (1,) is where all rows are.
+    """
+    branches.at(slot, 1, own_slots)
+    hidden = model.hidden(token[:, None], cache=branches)                                     # (B, 1, E)
+    u = uniforms[draw.to(uniforms.device), slot.to(uniforms.device)]
+    new, log_q = choose(model.logits(hidden[:, 0]), u)                                        # (B,), (B,)
+    ids[draw, slot] = new.where(alive, -1)
+    log_prob[draw] += log_q.where(alive, 0.0)
+    token.copy_(new)
+    alive.logical_and_(~stops[new])
+    slot.add_(1)
+
+
+def record(job: Callable[[], None], pool) -> "torch.cuda.CUDAGraph":
+    """A job that ran before as a CUDA graph, launched all at once. `pool`: memory shared with other graphs."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        job()
+    return graph
+
+
+def check_room(context: int, tokens: int, new_tokens: int, what: str = "a prompt") -> None:
+    if tokens + new_tokens > context:
+        raise ValueError(f"{what} has {tokens} tokens; with {new_tokens} new ones it exceeds the context of {context}; "
+                         "lower --max_latent_tokens, split the chunk, or train with a larger --model.context")
+
+
+def round_up(n: int, step: int) -> int:
+    return math.ceil(n / step) * step
+
+
+class Decoder:
+    """Decodes draws batch by batch: those of a batch start together, each step gives every row a token, and rows whose
+    draw has ended are dropped, others moving up into their places, once they are an eighth.
+
+    Where steps are recorded, shapes are few: rows are halved, slots go in steps of 64, all prompts at hand are read.
+    """
+
+    def __init__(self, model: GPT, prompts: list[list[int]], uniforms: Tensor, choose, stops: Tensor, rows: int):
+        (N, K, L), device = uniforms.shape, model.embedding.weight.device
+        self.model, self.prompts, self.K, self.L, self.kind = model, prompts, K, L, device.type
+        self.few_shapes, self.recorded, self.row_steps = device.type in RECORDS, {}, 0
+        self.slot_step = 64 if self.few_shapes else 16          # products of a few entries take a slow path on CPUs
+        self.batch = min(rows - rows % K if K <= rows else rows, N * K)     # draws that start together
+        at_hand = min(N, self.batch // K if K <= rows else 2)               # prompts of a batch, at most
+        self.shape = (at_hand, min(K, self.batch)) if self.few_shapes else None
+        self.cache = Prompts(model.config, at_hand, round_up(max(map(len, prompts)) - 1, 64), device, model.dtype)
+        self.branches = Branches(self.cache, self.batch, round_up(L, self.slot_step))
+        # of each draw
+        self.ids, self.log_prob = torch.full((N * K, L), -1, device=device), torch.zeros(N * K, device=device)
+        uniforms = uniforms.view(N * K, L).to("cpu" if device.type == "mps" else device)        # mps has no float64
+        # of each row, and of all; a batch uses the first rows
+        self.draw, self.token = torch.zeros(2, self.batch, dtype=torch.long, device=device)
+        self.alive = torch.zeros(self.batch, dtype=torch.bool, device=device)
+        self.slot = torch.zeros(1, dtype=torch.long, device=device)
+        self.decode = partial(decode_step, model, self.branches, choose, stops, uniforms, self.ids, self.log_prob)
+
+    def run(self, ended: Callable[[int], None]) -> None:
+        """Decode all draws, those of prompts of like length together; `ended` is told how many more have ended."""
+        order = sorted(range(len(self.prompts)), key=lambda n: -len(self.prompts[n]))
+        draws = [n * self.K + k for n in order for k in range(self.K)]
+        for first in range(0, len(draws), self.batch):
+            self.start(draws[first:first + self.batch])
+            left = self.rows
+            for number in range(self.L):
+                self.step(number)
+                if (number + 1) % CHECK_EVERY[self.kind] == 0:
+                    alive = self.alive[:self.rows].cpu().numpy().copy()
+                    ended(left - int(alive.sum()))
+                    left = int(alive.sum())
+                    if not left:
+                        break
+                    self.drop_ended(alive)
+            ended(left)
+
+    def start(self, draws: list[int]) -> None:
+        """Prefill the prompts of these draws, each once, and give every draw a row."""
+        numbers, owner = np.unique([draw // self.K for draw in draws], return_inverse=True)
+        self.prompt_slots = prefill(self.model, self.cache, [self.prompts[n] for n in numbers])
+        self.prompt_slots = round_up(self.prompt_slots, 64) if self.few_shapes else self.prompt_slots
+        self.branches.group(owner, self.prompt_slots, self.shape)
+        self.rows = len(draws)
+        self.draw[:self.rows] = torch.tensor(draws)
+        self.token[:self.rows] = torch.tensor([self.prompts[draw // self.K][-1] for draw in draws])
+        self.alive[:self.rows], self.slot[:] = True, 0
+
+    def step(self, number: int) -> None:
+        """Every row draws its token number `number`."""
+        own_slots, here = round_up(number + 1, self.slot_step), slice(self.rows)
+        job = partial(self.decode, draw=self.draw[here], token=self.token[here], alive=self.alive[here], slot=self.slot,
+                      own_slots=own_slots)
+        shape = (self.rows, own_slots, self.prompt_slots)
+        if shape in self.recorded:
+            self.recorded[shape].replay()
+        else:
+            job()
+            if self.few_shapes:
+                self.recorded[shape] = record(job, next((graph.pool() for graph in self.recorded.values()), None))
+        self.row_steps += self.rows
+
+    def drop_ended(self, alive: np.ndarray) -> None:
+        """Go on with the rows that are alive (B,), where that saves enough."""
+        drawing = int(alive.sum())
+        rows = max(16, 1 << (drawing - 1).bit_length()) if self.few_shapes else drawing
+        if rows <= 7 / 8 * self.rows:
+            alive[np.flatnonzero(~alive)[:rows - drawing]] = True       # idle ones that keep the shape
+            order = torch.from_numpy(self.branches.keep(alive, self.shape)).to(self.draw.device)
+            for column in (self.draw, self.token, self.alive):
+                column[:rows] = column[order]
+            self.rows = rows
+
+
+@torch.inference_mode()
+def generate(model: GPT, prompts: list[list[int]], uniforms: Tensor, *, stop: list[int], banned: list[int],
+             temperature: float = 1.0, rows: int = 512, greedy: bool = False, ended=lambda draws: None) -> Generated:
+    """Decode K continuations of each of N prompts, until an id of `stop` or for L tokens at most.
+
+    uniforms: (N, K, L) float64, one for every token that may be drawn; none of the ids `banned` is. Each prompt is
+    prefilled once for its K draws; `rows` draws decode together. ended(draws) is told how many more have ended.
+    """
+    check_room(model.config.context, max(map(len, prompts)), uniforms.shape[2])
+    stops, bans = vocabulary_mask(model, stop), vocabulary_mask(model, banned)
+
+    def choose(logits, uniforms):
+        log_q = proposal_log_probs(logits, temperature, bans)                                 # (B, V)
+        token = log_q.argmax(dim=-1) if greedy else inverse_cdf(log_q.exp(), uniforms)
+        return token, log_q.gather(1, token[:, None]).squeeze(1)
+
+    decoder = Decoder(model, prompts, uniforms.double(), choose, stops, rows)
+    decoder.run(ended)
+    ids = decoder.ids.cpu()
+    drawn = ids >= 0
+    finished = (stops.cpu()[ids] & drawn).any(dim=-1)
+    lengths = (drawn.sum(dim=-1) - finished.long()).tolist()        # the stop id is the last of a draw that has one
+    return Generated([row[:n] for row, n in zip(ids.tolist(), lengths)], decoder.log_prob.cpu(), finished,
+                     int(drawn.sum()), decoder.row_steps)
+
+
+# ---- propose ---------------------------------------------------------------------------------------------------
+
+Place = tuple[Document, int]        # a chunk: its document and its number there
+
+
+def places_to_infer(document: Document) -> list[Place]:
+    """The chunks of a document that want a thought: observed, and without one."""
+    return [(document, c) for c, chunk in enumerate(document.chunks) if not chunk.given and chunk.latent is None]
+
+
 def markers_but(layout: Layout, ids: list[int]) -> list[int]:
     return [marker for marker in layout.tokenizer.marker.values() if marker not in ids]
 
 
 def propose(model: GPT, layout: Layout, places: list[Place], config: SampleConfig, round: int,
-            progress=lambda draws, tokens: None) -> Generated:
-    """K thoughts z ~ q(. | x, C) for each of N chunks, and log q of each (log_prob counts z and EOL).
-
-    Only EOL among the markers can be drawn. A draw's numbers depend on (seed, round, document, chunk, draw, position).
-    """
+            ended=lambda draws: None) -> Generated:
+    """K thoughts z ~ q(. | x, C) for each of N chunks; log_prob counts z and EOL. No other marker can be drawn."""
     uniforms = torch.stack([
         latent_uniforms(config.seed, round, document.index, c, config.num_latents, config.max_latent_tokens)
         for document, c in places])                                                           # (N, K, L)
     prompts = [layout.posterior_prompt(document, c) for document, c in places]
     return generate(model, prompts, uniforms, stop=[layout.eol], banned=markers_but(layout, [layout.eol]),
-                    temperature=config.temperature, slots=config.slots, compile=config.compile, progress=progress)
+                    temperature=config.temperature, rows=config.rows, ended=ended)
 
 
-def complete(model: GPT, layout: Layout, prompts: list[list[int]], ends: list[int], max_tokens: int, slots: int = 512) -> list[list[int]]:
+def complete(model: GPT, layout: Layout, prompts: list[list[int]], ends: list[int], max_tokens: int) -> list[list[int]]:
     """Greedy continuations of N prompts until one of the markers `ends`, which is left out, or for max_tokens."""
-    return generate(model, prompts, torch.zeros(len(prompts), 1, max_tokens), stop=ends, banned=markers_but(layout, ends),
-                    slots=slots, greedy=True).ids
+    no_numbers = torch.zeros(len(prompts), 1, max_tokens)
+    return generate(model, prompts, no_numbers, stop=ends, banned=markers_but(layout, ends), greedy=True).ids
 
 
-def think_and_answer(model: GPT, layout: Layout, prompts: list[list[int]], thought_tokens: int, answer_tokens: int,
-                     slots: int = 512) -> tuple[list[list[int]], list[list[int]]]:
-    """The greedy thought after each prior prompt, and the greedy text after that. A thought that reaches its cap is closed there,
-    since an answer is wanted all the same."""
-    thoughts = complete(model, layout, prompts, [layout.eol], thought_tokens, slots)
+def think_and_answer(model: GPT, layout: Layout, prompts: list[list[int]], thought_tokens: int,
+                     answer_tokens: int) -> tuple[list[list[int]], list[list[int]]]:
+    """The greedy thought after each prior prompt, and the greedy text after that.
+
+    A thought that reaches its cap is closed there, since an answer is wanted all the same.
+    """
+    thoughts = complete(model, layout, prompts, [layout.eol], thought_tokens)
     prompts = [[*prompt, *thought, layout.eol] for prompt, thought in zip(prompts, thoughts)]
-    return thoughts, complete(model, layout, prompts, [layout.eos, layout.sol], answer_tokens, slots)
+    return thoughts, complete(model, layout, prompts, [layout.eos, layout.sol], answer_tokens)
 
+
+# ---- score -----------------------------------------------------------------------------------------------------
 
 @torch.inference_mode()
-def score_after_prompts(model: GPT, prompts: list[list[int]], owners: list[int], sequences: list[Sequence],
-                        batch_tokens: int) -> Tensor:
-    """The log-probability of each sequence after the prompt `owners` gives it, (len(sequences),) float32 nats.
+def score(model: GPT, prompts: list[list[int]], owners: list[int], sequences: list[Sequence]) -> Tensor:
+    """The log-probability of each sequence after the prompt that `owners` gives it, (len(sequences),) float32 nats.
 
-    A sequence starts with the last token of its prompt. Prompts of like length are prefilled together and kept while
-    what follows them is scored, batched by length; `batch_tokens` bounds both (attention pads a batch to the prompt with most rows).
+    Prompts of like length are prefilled together and kept while what follows them is scored, in batches by length.
     """
     device, log_p = model.embedding.weight.device, torch.zeros(len(sequences))
     of_prompt: list[list[int]] = [[] for _ in prompts]
-    for place, owner in enumerate(owners):
-        of_prompt[owner].append(place)
-        check_room(model.config.context, len(prompts[owner]), len(sequences[place].ids) - 2)
-    for group in length_batches([len(prompt) for prompt in prompts], batch_tokens):
-        branches = Branches(prefill(model, [prompts[n] for n in group]))
-        places = [place for n in group for place in of_prompt[n]]
+    for number, owner in enumerate(owners):
+        of_prompt[owner].append(number)
+        check_room(model.config.context, len(prompts[owner]), len(sequences[number].ids) - 1)
+    for group in length_batches([len(prompt) for prompt in prompts], BATCH_TOKENS[device.type]):
+        cache = Prompts(model.config, len(group), len(prompts[group[0]]) - 1, device, model.dtype)
+        prompt_slots = prefill(model, cache, [prompts[n] for n in group])
+        numbers = [number for n in group for number in of_prompt[n]]
         owner = np.repeat(np.arange(len(group)), [len(of_prompt[n]) for n in group])
-        for part in length_batches([len(sequences[place].ids) for place in places], batch_tokens):
-            batch = padded([sequences[places[i]] for i in part]).to(device)
-            branches.arrange(owner[part])
-            T = batch.ids.shape[1]
-            branches.place(torch.arange(T, device=device).expand(len(part), T), T, int(branches.starts.max()))
-            log_p[[places[i] for i in part]] = model(batch.ids, batch.targets, cache=branches).sum(dim=-1).cpu()
+        for part in length_batches([len(sequences[number].ids) for number in numbers], BATCH_TOKENS[device.type]):
+            here = [numbers[i] for i in part]
+            # a sequence starts with the last token of its prompt, which is not in the cache
+            rows = [[sequences[number].after(prompts[owners[number]][-1:])] for number in here]
+            batch = collate(rows, max(2, *(len(row[0].ids) for row in rows)) - 1).to(device)
+            branches, tokens = Branches(cache, len(part)), batch.ids.shape[1]
+            branches.group(owner[part], prompt_slots)
+            branches.at(torch.zeros(1, dtype=torch.long, device=device), tokens, tokens)
+            log_p[here] = model(batch.ids, batch.targets, cache=branches if prompt_slots else None).sum(dim=-1).cpu()
     return log_p
 
 
-def score_joint(model: GPT, layout: Layout, places: list[Place], latents: list[list[list[int]]], batch_tokens: int,
+def score_joint(model: GPT, layout: Layout, places: list[Place], latents: list[list[list[int]]],
                 finished: Tensor | None = None) -> tuple[Tensor, int]:
-    """log p(z, x | C) of K thoughts for each of N chunks, (N, K) float32 nats, and the tokens that went through the model.
+    """log p(z, x | C) of K thoughts for each of N chunks, (N, K) float32 nats, and the tokens the model read for it.
 
-    Counts z, EOL and x, at temperature 1. C SOL PRIOR is prefilled once a chunk and equal draws of a chunk are scored once;
-    draws that are not `finished` (N, K), where that is given, are not scored and have -inf.
+    Counts z, EOL and x, at temperature 1. C SOL PRIOR is prefilled once a chunk and equal draws are scored once; those
+    that are not `finished` (N, K), where that is given, are not scored and have -inf.
     """
-    order, owners, sequences = {}, [], []
+    number_of, owners, sequences = {}, [], []
     prompts = [layout.prior_prompt(*place) for place in places]
     rows, columns = (torch.ones(len(places), len(latents[0])) if finished is None else finished).nonzero(as_tuple=True)
     draws = [(n, tuple(latents[n][k])) for n, k in zip(rows.tolist(), columns.tolist())]
     for n, latent in draws:
-        if (n, latent) not in order:
-            order[n, latent] = len(sequences)
+        if (n, latent) not in number_of:
+            number_of[n, latent] = len(sequences)
             owners.append(n)
-            sequences.append(layout.thought_and_text(*places[n], list(latent)).after(prompts[n][-1:]))
-    log_p = score_after_prompts(model, prompts, owners, sequences, batch_tokens)
+            sequences.append(layout.thought_and_text(*places[n], list(latent)))
+    log_p = score(model, prompts, owners, sequences)
     log_joint = torch.full((len(places), len(latents[0])), -math.inf)
-    log_joint[rows, columns] = log_p[[order[draw] for draw in draws]]
-    return log_joint, sum(map(len, prompts)) + sum(len(sequence.ids) - 1 for sequence in sequences)
+    log_joint[rows, columns] = log_p[[number_of[draw] for draw in draws]]
+    return log_joint, sum(map(len, prompts)) + sum(len(sequence.ids) for sequence in sequences)
 
 
 # ---- the estimator ---------------------------------------------------------------------------------------------
@@ -457,7 +405,7 @@ def log_importance_weights(log_joint: Tensor, log_proposal: Tensor) -> Tensor:
     Raises ValueError where the shapes differ. Source: arXiv:2503.18866, the Monte Carlo E-step.
     """
     if log_joint.shape != log_proposal.shape:
-        raise ValueError(f"log_joint {tuple(log_joint.shape)} and log_proposal {tuple(log_proposal.shape)} differ in shape")
+        raise ValueError(f"log_joint {(*log_joint.shape,)} and log_proposal {(*log_proposal.shape,)} differ in shape")
     return log_joint - log_proposal
 
 
@@ -508,20 +456,46 @@ class Evidence:
 
 
 def infer(model: GPT, layout: Layout, places: list[Place], config: SampleConfig, round: int,
-          progress=lambda draws, tokens: None) -> Evidence:
+          ended=lambda draws: None) -> Evidence:
     """Draw and weigh K thoughts for every chunk: all of the E-step but the choice.
 
     cost: tokens prefilled (once per chunk), sampled, and scored.
     """
     K = config.num_latents
-    drawn = propose(model, layout, places, config, round, progress)
+    drawn = propose(model, layout, places, config, round, ended)
     latents = [drawn.ids[n * K:(n + 1) * K] for n in range(len(places))]
     finished = drawn.finished.view(-1, K)
-    log_joint, scored = score_joint(model, layout, places, latents, config.score_tokens, finished)
-    assert torch.equal(log_joint.isfinite(), finished) and drawn.log_prob.isfinite().all(), "log-probabilities must be finite"
+    log_joint, scored = score_joint(model, layout, places, latents, finished)
+    assert torch.equal(log_joint.isfinite(), finished) and drawn.log_prob.isfinite().all(), "must be finite"
     prefilled = sum(len(layout.posterior_prompt(document, c)) for document, c in places)
-    cost = {"prefilled": prefilled, "sampled": drawn.num_tokens, "scored": scored}
+    cost = {"prefilled_tokens": prefilled, "sampled_tokens": drawn.num_tokens, "scored_tokens": scored}
     return Evidence(latents, log_joint, drawn.log_prob.view(-1, K), cost)
+
+
+def sums_of(evidence: Evidence) -> Counter:
+    """What some chunks add to the figures of an E-step; see `figures_of`."""
+    usable, finished, weights = evidence.usable, evidence.finished, evidence.weights
+    return Counter({
+        "chunks": len(usable), "usable": int(usable.sum()), "draws": finished.numel(),
+        "finished": int(finished.sum()), "unfinished": int((~finished).sum()),
+        "ess": effective_sample_size(weights[usable]).sum().item(), "entropy": torch.special.entr(weights).sum().item(),
+        "bound": importance_bound(evidence.log_weights[usable]).sum().item(),
+        "log_w": evidence.log_weights[finished].sum().item(),
+        "lengths": sum(len(latent) for latents in evidence.latents for latent in latents), **evidence.cost})
+
+
+def figures_of(sums: Counter) -> dict:
+    """The figures of an E-step over its chunks that were drawn for: nats and tokens.
+
+    Means are over the chunks of which a draw finished, of elbo_finished over finished draws; None where there is none.
+    """
+    def ratio(name, over):
+        return sums[name] / sums[over] if sums[over] else None
+    return {"chunks": sums["chunks"], "left_plain": sums["chunks"] - sums["usable"], "ess": ratio("ess", "usable"),
+            "weight_entropy": ratio("entropy", "usable"), "latent_tokens": ratio("lengths", "draws"),
+            "unfinished": ratio("unfinished", "draws"), "bound": ratio("bound", "usable"),
+            "elbo_finished": ratio("log_w", "finished"),
+            **{name: sums[name] for name in ("prefilled_tokens", "sampled_tokens", "scored_tokens")}}
 
 
 # ---- the E-step over a corpus ----------------------------------------------------------------------------------
@@ -529,12 +503,13 @@ def infer(model: GPT, layout: Layout, places: list[Place], config: SampleConfig,
 EVIDENCE = ("log_joint", "log_proposal", "finished", "lengths", "ess", "bound")
 
 
-def annotate(places: list[Place], evidence: Evidence, tokenizer: Tokenizer, config: SampleConfig, round: int) -> list[dict]:
+def annotate(places: list[Place], evidence: Evidence, tokenizer: Tokenizer, config: SampleConfig,
+             round: int) -> list[dict]:
     """What the E-step writes for each chunk: the kept latent and the evidence to recompute the choice."""
     uniforms = torch.stack([uniform_numbers(config.seed, "resample", (round, document.index, c), ())
                             for document, c in places])                                       # (N,)
-    weights, usable = evidence.weights, evidence.usable
-    ess, bound, kept = effective_sample_size(weights), importance_bound(evidence.log_weights), resample(weights, uniforms)
+    weights, usable, kept = evidence.weights, evidence.usable, resample(evidence.weights, uniforms)
+    ess, bound = effective_sample_size(weights), importance_bound(evidence.log_weights)
     annotations = []
     for n, latents in enumerate(evidence.latents):
         ids = latents[kept[n]] if usable[n] else None
@@ -550,111 +525,115 @@ def annotate(places: list[Place], evidence: Evidence, tokenizer: Tokenizer, conf
     return annotations
 
 
-class Progress:
-    """The progress bar of an E-step: chunks, sampled tokens per second, ess, time left."""
-
-    def __init__(self, chunks: int, num_latents: int, show: bool):
-        self.bar = tqdm(total=chunks, desc="E-step", unit="chunk", leave=False, disable=not show)
-        self.num_latents, self.chunks, self.tokens, self.ess, self.start = num_latents, 0, 0, "", time.time()
-
-    def __call__(self, draws: int, tokens: int) -> None:
-        """So far in this block."""
-        self.bar.update(self.chunks + draws // self.num_latents - self.bar.n)
-        rate = (self.tokens + tokens) / (time.time() - self.start)
-        self.bar.set_postfix_str(f"{rate:,.0f} sampled tokens/s{self.ess}", refresh=False)
-
-    def block_done(self, chunks: int, evidence: Evidence) -> None:
-        self.chunks, self.tokens = self.chunks + chunks, self.tokens + evidence.cost["sampled"]
-        self.ess = f", ess {effective_sample_size(evidence.weights[evidence.usable]).mean():.1f}"
-        self.bar.update(self.chunks - self.bar.n)
-
-
-def annotate_block(model: GPT, layout: Layout, block: list[Document], config: SampleConfig, round: int,
-                   progress: Progress) -> list[dict]:
-    """The lines of the output for a block of documents. The tokens it cost stand with its first document."""
-    places = [place for document in block for place in places_to_infer(document)]
-    records = [document.record | {"chunks": [dict(chunk) for chunk in document.record["chunks"]]} for document in block]
-    for record in records:              # what an earlier E-step left is not this one's
-        record.pop("cost", None)
+def annotate_block(model: GPT, layout: Layout, documents: list[Document], config: SampleConfig, round: int,
+                   ended) -> tuple[list[dict], Counter]:
+    """The lines of the output for a block of documents, and what they add to the figures."""
+    places = [place for document in documents for place in places_to_infer(document)]
+    records = {document.index: document.record | {"chunks": [dict(chunk) for chunk in document.record["chunks"]]}
+               for document in documents}
+    for record in records.values():
         for chunk in record["chunks"]:
             for name in EVIDENCE:
-                chunk.pop(name, None)
-    if places:
-        evidence = infer(model, layout, places, config, round, progress)
-        first = block[0].index
-        for (document, c), annotation in zip(places, annotate(places, evidence, layout.tokenizer, config, round)):
-            chunk = records[document.index - first]["chunks"][c]
-            chunk.pop("draws", None)
-            chunk |= annotation
-        records[0]["cost"] = evidence.cost
-        progress.block_done(len(places), evidence)
-    return records
+                chunk.pop(name, None)       # what an earlier E-step left is not this one's
+    if not places:
+        return list(records.values()), Counter()
+    evidence = infer(model, layout, places, config, round, ended)
+    for (document, c), annotation in zip(places, annotate(places, evidence, layout.tokenizer, config, round)):
+        chunk = records[document.index]["chunks"][c]
+        chunk.pop("draws", None)
+        chunk |= annotation
+    return list(records.values()), sums_of(evidence)
 
 
-def documents_of_blocks(corpus: str, tokenizer: Tokenizer, config: SampleConfig,
-                        wanted: Callable[[int], bool]) -> Iterator[tuple[int, list[Document]]]:
-    """(number, documents) of the blocks of a corpus that are wanted; the others' lines are not even parsed."""
-    for number, lines in itertools.groupby(numbered_lines(corpus), key=lambda line: line[0] // config.block_documents):
-        if wanted(number):
-            yield number, [read_document(corpus, i, line, tokenizer, without_latents=config.redraw) for i, line in lines]
+@dataclass(frozen=True)
+class Block:
+    """Whole documents that are drawn for together: the canonical batch, whoever computes it and whenever."""
+    documents: int
+    chunks: int
 
 
-def survey(corpus: str, layout: Layout, config: SampleConfig, context: int, ranks: Ranks) -> dict[int, int]:
-    """How many chunks each block of this process has to be drawn for: every line is read and laid out before work begins.
+def survey(corpus: str, layout: Layout, config: SampleConfig, context: int) -> list[Block]:
+    """Cut a corpus into blocks; every line is read and laid out before work begins.
 
     Raises ValueError, naming file, line and chunk, for what could not be drawn for.
     """
-    chunks = {}
-    for number, block in documents_of_blocks(corpus, layout.tokenizer, config, lambda n: n % ranks.world == ranks.rank):
-        places = [place for document in block for place in places_to_infer(document)]
+    blocks, documents, chunks = [], 0, 0
+    for number, line in numbered_lines(corpus):
+        places = places_to_infer(read_document(corpus, number, line, layout.tokenizer, config.redraw))
         for document, c in places:
-            with naming_the_line(corpus, document.index):
-                check_room(context, len(layout.posterior_prompt(document, c)), config.max_latent_tokens, f"the prompt of chunk {c}")
-        chunks[number] = len(places)
-    return chunks
+            with naming_the_line(corpus, number):
+                prompt = layout.posterior_prompt(document, c)
+                check_room(context, len(prompt), config.max_latent_tokens, f"the prompt of chunk {c}")
+        documents, chunks = documents + 1, chunks + len(places)
+        if chunks >= config.block_chunks:
+            blocks.append(Block(documents, chunks))
+            documents, chunks = 0, 0
+    return [*blocks, Block(documents, chunks)] if documents else blocks
 
 
 def at_precision(model: GPT, dtype: str) -> GPT:
-    """The model as it is, or a copy whose blocks compute in bfloat16; auto: bfloat16 on CUDA."""
-    wanted = {"auto": "bfloat16" if model.embedding.weight.is_cuda else "float32"}.get(dtype, dtype)
-    if model.dtype == getattr(torch, wanted):
-        return model
-    model = copy.deepcopy(model)
-    model.blocks.to(getattr(torch, wanted))
-    return model
+    """The model as it is, or a copy in bfloat16, whose sums and log-probabilities are float32 all the same."""
+    return model if model.dtype == getattr(torch, dtype) else copy.deepcopy(model).to(getattr(torch, dtype))
+
+
+def draw_blocks(model: GPT, layout: Layout, corpus: str, config: SampleConfig, round: int, folder: Path,
+                blocks: list[Block], ranks: Ranks) -> None:
+    """Write what is missing of this process's blocks: lines, then the sums that say that they are whole."""
+    mine = {n for n in range(ranks.rank, len(blocks), ranks.world) if not (folder / f"{n:09d}.json").exists()}
+    draws, total, start = sum(blocks[n].chunks for n in mine) * config.num_latents, Counter(), time.time()
+    bar = tqdm(total=draws, desc="E-step", unit="draw", leave=False, disable=not ranks.main)
+    lines, summary = numbered_lines(corpus), ""
+    for n, block in enumerate(blocks):
+        here = list(itertools.islice(lines, block.documents))
+        if n in mine:
+            documents = [read_document(corpus, number, line, layout.tokenizer, config.redraw) for number, line in here]
+            records, sums = annotate_block(model, layout, documents, config, round, bar.update)
+            text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            write_whole(folder / f"{n:09d}.jsonl", text)
+            write_whole(folder / f"{n:09d}.json", json.dumps(sums))
+            total.update(sums)
+            summary = (f"{total['sampled_tokens'] / (time.time() - start):,.0f} sampled tokens/s, "
+                       f"ess {total['ess'] / max(1, total['usable']):.1f} of {config.num_latents}")
+            bar.set_postfix_str(summary)
+    bar.close()
+    if summary:
+        ranks.say(f"  {folder.parent}: {summary}")
+
+
+def join_blocks(folder: Path, blocks: list[Block], out: str) -> None:
+    """The blocks' figures as one, then their lines as one file."""
+    total = Counter()
+    for n in range(len(blocks)):
+        total.update(json.loads((folder / f"{n:09d}.json").read_text()))
+    write_whole(folder.parent / "figures.json", json.dumps(figures_of(total), indent=1) + "\n")
+    with whole_file(out) as file:
+        for n in range(len(blocks)):
+            file.write((folder / f"{n:09d}.jsonl").read_bytes())
+    shutil.rmtree(folder)
 
 
 def e_step(model: GPT, tokenizer: Tokenizer, corpus: str, config: SampleConfig, round: int, out: str, ranks: Ranks,
-           chunks: dict[int, int] | None = None) -> dict:
-    """Write the corpus with a drawn latent per chunk to `out`; returns its `summarize`. chunks: what `survey` gave, if it ran.
+           blocks: list[Block] | None = None) -> dict:
+    """Write the corpus with a drawn latent per chunk to `out`; returns its figures. blocks: those of `survey`.
 
-    Blocks of documents are dealt to the ranks and written whole; a run that was killed goes on after the last of them.
-    A block is computed alike on any rank, so the file has the same bytes for any number of them (CPU, float32, the
-    same number of threads; elsewhere floating point may flip a rare token). One block is in memory at a time.
+    Blocks are dealt to the ranks; a run that was killed goes on after the last whole one. A block is computed alike on
+    any rank, so the file has the same bytes for any number of them (on a CPU, with as many threads; elsewhere floating
+    point may flip a rare token). One block is in memory at a time. The folder `out`.run has what is not the corpus.
     """
-    parts, layout, start = Path(f"{out}.parts"), Layout(tokenizer), time.time()
+    run, layout = Path(f"{out}.run"), Layout(tokenizer)
     if not os.path.exists(out):
-        chunks = survey(corpus, layout, config, model.config.context, ranks) if chunks is None else chunks
-        paths = {number: parts / f"{number:09d}.jsonl" for number in chunks}
-        missing = {number for number in chunks if not paths[number].exists()}
-        progress = Progress(sum(chunks[number] for number in missing), config.num_latents, ranks.main)
-        model = at_precision(model, config.dtype)
-        for number, block in documents_of_blocks(corpus, tokenizer, config, missing.__contains__):
-            write_jsonl(paths[number], annotate_block(model, layout, block, config, round, progress))
-        progress.bar.close()
-        if missing:
-            ranks.say(f"  {out}: {progress.tokens / (time.time() - start):,.0f} sampled tokens/s{progress.ess}")
+        here = {"dtype": choose_dtype(config.dtype, model.config.width, ranks.device)}
+        model = at_precision(model, **choose_once(run, here, ranks))
+        blocks = survey(corpus, layout, config, model.config.context) if blocks is None else blocks
+        draw_blocks(model, layout, corpus, config, round, run / "blocks", blocks, ranks)
         ranks.barrier()
         if ranks.main:
-            blocks = math.ceil(sum(1 for _ in numbered_lines(corpus)) / config.block_documents)
-            join_files([parts / f"{number:09d}.jsonl" for number in range(blocks)], out)
+            join_blocks(run / "blocks", blocks, out)
         ranks.barrier()
-    if ranks.main:
-        shutil.rmtree(parts, ignore_errors=True)
-    return summarize(stream_corpus(out))
+    return json.loads((run / "figures.json").read_text())
 
 
-# ---- for people ------------------------------------------------------------------------------------------------
+# ---- main --------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class MainConfig(SampleConfig):
@@ -662,54 +641,56 @@ class MainConfig(SampleConfig):
     data: str = option("data/alchemy/raw.jsonl", "corpus to annotate; chunks that have a latent keep it")
     out: str = option("runs/latents.jsonl", "annotated corpus, which train.py --data reads")
     device: str = option("auto", "auto, cpu, cuda or mps")
-    round: int = option(1, "number of the EM round; another number draws other thoughts")
-    show: int = option(0, "print so many chunks with their thoughts, weights and bound instead")
+    round: int = option(1, "number of the EM round; another number draws other thoughts", above=-1)
+    show: int = option(0, "print so many chunks with their thoughts, weights and bound instead", above=-1)
     prompt: str = option("", "think about this text, then go on with it, instead")
 
 
 def show(model: GPT, tokenizer: Tokenizer, config: MainConfig) -> Iterator[str]:
     """The first chunks of a corpus with their thoughts; nothing is written."""
-    layout, everything = Layout(tokenizer), replace(config, keep="all")
-    documents = (read_document(config.data, i, line, tokenizer, config.redraw) for i, line in numbered_lines(config.data))
-    places = list(itertools.islice((place for document in documents for place in places_to_infer(document)), config.show))
-    if places:
-        annotations = annotate(places, infer(model, layout, places, config, config.round), tokenizer, everything, config.round)
-        yield from (show_chunk(layout, place, annotation) for place, annotation in zip(places, annotations))
+    layout, lines = Layout(tokenizer), numbered_lines(config.data)
+    documents = (read_document(config.data, *line, tokenizer, config.redraw) for line in lines)
+    wanted = itertools.chain.from_iterable(map(places_to_infer, documents))
+    if places := list(itertools.islice(wanted, config.show)):
+        evidence, everything = infer(model, layout, places, config, config.round), replace(config, keep="all")
+        for place, annotation in zip(places, annotate(places, evidence, tokenizer, everything, config.round)):
+            yield show_chunk(layout, place, annotation) + "\n"
 
 
-def think(model: GPT, tokenizer: Tokenizer, config: MainConfig) -> str:
+def think(model: GPT, tokenizer: Tokenizer, config: MainConfig) -> Iterator[str]:
     """The most likely thought after --prompt, token by token, and the most likely text after that."""
-    layout, text = Layout(tokenizer), re.sub(r"\s+([,.;:!?])", r"\1", config.prompt)      # "fire , salt" is "fire, salt"
-    document = Document(0, [Chunk(tokenizer.encode(text), given=True)], {})
-    [thought], [answer] = think_and_answer(model, layout, [layout.prior_prompt(document, 1)], *[config.max_latent_tokens] * 2)
-    return f"prompt   {text}\nthought  {tokenizer.decode(thought).strip()}\nanswer   {tokenizer.decode(answer).strip()}"
+    text, layout = re.sub(r"\s+([,.;:!?])", r"\1", config.prompt), Layout(tokenizer)     # "fire , salt" is "fire, salt"
+    prompt = layout.prior_prompt(Document(0, [Chunk(tokenizer.encode(text), given=True)], {}), 1)
+    thoughts, answers = think_and_answer(model, layout, [prompt], config.max_latent_tokens, config.max_latent_tokens)
+    yield f"prompt   {text}"
+    yield f"thought  {tokenizer.decode(thoughts[0]).strip()}"
+    yield f"answer   {tokenizer.decode(answers[0]).strip()}"
 
 
-# ---- main ------------------------------------------------------------------------------------------------------
-
-def annotate_corpus(state: dict, digest: str, tokenizer: Tokenizer, config: MainConfig, ranks: Ranks) -> None:
-    """The E-step as a command: everything is checked first, the settings stand beside the output, the figures come last."""
-    if (os.path.exists(config.out) or os.path.exists(f"{config.out}.parts")) and not os.path.exists(f"{config.out}.config"):
-        raise ValueError(f"{config.out} is there without its {config.out}.config; "
-                         "give another --out, or delete what there is of both")
-    chunks = survey(config.data, Layout(tokenizer), config, state["model_config"].context, ranks)
-    open_run(f"{config.out}.config", config, ranks, checkpoint_sha256=digest, data_sha256=sha256_of(config.data))
-    ranks.say(f"drawing {config.num_latents} thoughts for each chunk of {config.data} on {ranks.device}")
+def annotate_corpus(state: dict, tokenizer: Tokenizer, config: MainConfig, dtype: str, ranks: Ranks) -> None:
+    """The E-step as a command: everything is checked first, the settings stand beside the output, figures come last."""
+    if os.path.exists(config.out) and not os.path.exists(f"{config.out}.run/config.json"):
+        raise ValueError(f"{config.out} is there without its {config.out}.run; give another --out, or delete it")
+    blocks = survey(config.data, Layout(tokenizer), config, state["model_config"].context)
+    open_run(f"{config.out}.run", config, ranks, checkpoint_sha256=sha256_of(config.checkpoint),
+             data_sha256=sha256_of(config.data))
+    ranks.say(f"drawing {config.num_latents} thoughts for each of {sum(block.chunks for block in blocks):,} chunks of "
+              f"{config.data} on {ranks.device}, in {dtype}")
     model = restore(state, ranks.device)
-    ranks.say(json.dumps(e_step(model, tokenizer, config.data, config, config.round, config.out, ranks, chunks), indent=1))
+    figures = e_step(model, tokenizer, config.data, config, config.round, config.out, ranks, blocks)
+    ranks.say(json.dumps(figures, indent=1))
 
 
 def main(argv=None) -> None:
     config = parse_config(MainConfig(), argv, __doc__)
-    ranks, state = start_ranks(config.device), read_checkpoint(config.checkpoint, mmap=True)
-    digest, tokenizer = sha256_of(config.checkpoint), Tokenizer(**state["tokenizer"])
-    if config.prompt:
-        ranks.say(think(at_precision(restore(state, ranks.device), config.dtype), tokenizer, config))
-    elif config.show:
-        for text in show(at_precision(restore(state, ranks.device), config.dtype), tokenizer, config):
-            ranks.say(text + "\n")
-    else:
-        annotate_corpus(state, digest, tokenizer, config, ranks)
+    ranks, state = start_ranks(config.device), read_checkpoint(config.checkpoint)
+    tokenizer = Tokenizer(**state["tokenizer"])
+    dtype = choose_dtype(config.dtype, state["model_config"].width, ranks.device)
+    if not config.prompt and not config.show:
+        return annotate_corpus(state, tokenizer, config, dtype, ranks)
+    model = at_precision(restore(state, ranks.device), dtype)
+    for text in (think if config.prompt else show)(model, tokenizer, config):
+        ranks.say(text)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,17 @@
-"""A corpus tokenised once, by all cores, into compact files beside it, from which documents are read one at a time.
+"""A corpus tokenised once, by all cores, into files beside it, from which documents are read one at a time.
 
-    CORPUS.jsonl.tokens/CONTENT.CODE.ENCODING.vocabulary         the tokens that occur
-    CORPUS.jsonl.tokens/CONTENT.CODE.VOCABULARY.documents        the documents, one after the other, as `to_bytes` writes them
-    CORPUS.jsonl.tokens/CONTENT.CODE.VOCABULARY.starts.npy       where each of them starts, and the end
+    CORPUS.jsonl.tokens/CONTENT.CODE.ENCODING.vocabulary     the tokens that occur
+    CORPUS.jsonl.tokens/CONTENT.CODE.VOCABULARY.numbers      the documents, one after the other, see `to_numbers`
+    CORPUS.jsonl.tokens/CONTENT.CODE.VOCABULARY.starts.npy   where each of them starts, and the end
 
-CONTENT, CODE and VOCABULARY are hashes: a changed corpus, chunker or tokenizer never meets old files, and all of them may
-be deleted at any time. Memory does not grow with the corpus, but for eight bytes a document.
+CONTENT, CODE and VOCABULARY are hashes: a changed corpus, chunker or tokenizer never meets old files, and all of them
+may be deleted at any time. Memory does not grow with the corpus, but for eight bytes a document.
 """
 import hashlib
-import itertools
 import json
 import multiprocessing
 import os
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,142 +21,130 @@ import numpy as np
 from tqdm import tqdm
 
 from data.corpus import Chunk, Document, numbered_lines, read_document, read_record, texts_of
-from data.run import whole_file, write_whole
+from data.run import sha256_of, whole_file, write_whole
 from data.tokens import Tokenizer, tokens_of
 
 PART_BYTES = 2 ** 23        # of a corpus that a core tokenises at a time
-CODE = hashlib.sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in ("cache.py", "corpus.py", "tokens.py")))
+SOURCES = [Path(__file__).with_name(name) for name in ("cache.py", "corpus.py", "tokens.py")]
+CODE = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()[:8]
 
 
-# ---- parts of a corpus -----------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class Part:
-    """Whole lines of a corpus: where they start in the file, the number of the first, and how many they are."""
-    offset: int
-    first: int
-    lines: int
-
+# ---- a corpus in parts, for all cores --------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Source:
-    """A corpus as it lies on the disk."""
+    """A corpus as it lies on the disk, with the hash of its content."""
     path: str
-    digest: str             # of its content
-    parts: list[Part]
+    digest: str
 
     def file(self, name: str) -> Path:
         """In a folder beside the corpus, or among the temporary files where that cannot be written."""
-        folder, name = Path(f"{self.path}.tokens"), f"{self.digest[:16]}.{CODE.hexdigest()[:8]}.{name}"
+        folder, name = Path(f"{self.path}.tokens"), f"{self.digest[:16]}.{CODE}.{name}"
         beside = (folder / name).exists() or os.access(folder if folder.exists() else folder.parent, os.W_OK)
         return folder / name if beside else Path(tempfile.gettempdir(), folder.name, name)
 
 
-def survey_source(path: str) -> Source:
-    """Read a corpus once, for its hash and the parts it is tokenised in. Raises what `numbered_lines` does."""
+def open_source(path: str) -> Source:
+    """Raises FileNotFoundError, ValueError where there is no corpus."""
     next(numbered_lines(path))
-    digest, parts, offset, first = hashlib.sha256(), [], 0, 0
+    return Source(path, sha256_of(path))
+
+
+def parts_of(path: str) -> Iterator[tuple[int, list[bytes]]]:
+    """(number of the first, lines) of a corpus, a part at a time."""
+    first = 0
     with open(path, "rb") as file:
         while lines := file.readlines(PART_BYTES):
-            content = b"".join(lines)
-            digest.update(content)
-            parts.append(Part(offset, first, len(lines)))
-            offset, first = offset + len(content), first + len(lines)
-    return Source(path, digest.hexdigest(), parts)
+            yield first, lines
+            first += len(lines)
 
 
-def lines_of(path: str, part: Part) -> Iterator[tuple[int, bytes]]:
-    with open(path, "rb") as file:
-        file.seek(part.offset)
-        yield from enumerate(itertools.islice(file, part.lines), part.first)
-
-
-def on_all_cores(job: Callable, parts: list[Part], title: str) -> Iterator:
-    """job(part) of every part, in their order; several parts are shared among the cores."""
-    if len(parts) == 1:
-        yield job(parts[0])
+def on_all_cores(job: Callable, path: str, title: str) -> Iterator:
+    """job(part) of every part of a corpus, in their order; several are shared among the cores."""
+    size = os.path.getsize(path)
+    if size <= PART_BYTES:
+        yield from map(job, parts_of(path))
         return
-    with ProcessPoolExecutor(min(len(parts), os.cpu_count()), multiprocessing.get_context("spawn")) as pool:
-        yield from tqdm(pool.map(job, parts), desc=title, total=len(parts), unit="part", leave=False)
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        yield from tqdm(pool.imap(job, parts_of(path)), title, size // PART_BYTES, unit="part", leave=False)
 
 
-# ---- vocabulary ------------------------------------------------------------------------------------------------
-
-def tokens_of_part(part: Part, path: str, encoding: str) -> set[bytes]:
-    records = (read_record(path, number, line) for number, line in lines_of(path, part))
-    return tokens_of(texts_of(records, encoding), encoding)
+def tokens_of_part(part: tuple[int, list[bytes]], path: str, encoding: str) -> set[bytes]:
+    first, lines = part
+    return tokens_of(texts_of((read_record(path, n, line) for n, line in enumerate(lines, first)), encoding), encoding)
 
 
 def vocabulary(source: Source, encoding: str) -> set[bytes]:
-    """The tokens that occur in a corpus."""
+    """The tokens that occur in a corpus. Raises ValueError with file:line."""
     file = source.file(f"{encoding}.vocabulary")
     if not file.exists():
-        tokens: set[bytes] = set()
-        for part in on_all_cores(partial(tokens_of_part, path=source.path, encoding=encoding), source.parts, "vocabulary"):
-            tokens |= part
+        job = partial(tokens_of_part, path=source.path, encoding=encoding)
+        tokens = set().union(*on_all_cores(job, source.path, "vocabulary"))
         write_whole(file, json.dumps(sorted(token.decode("latin-1") for token in tokens)))
     return {token.encode("latin-1") for token in json.loads(file.read_text(encoding="utf-8"))}
 
 
-# ---- a document as bytes ---------------------------------------------------------------------------------------
+# ---- a document as numbers -------------------------------------------------------------------------------------
 
-PIECE = np.dtype([("role", "u1"), ("length", "i4"), ("weight", "f8")])
 SUFFIX, GIVEN_SUFFIX, LATENT, DRAW = range(4)       # the role of a piece; a chunk starts with its suffix
 
 
-def to_bytes(document: Document, id_type: type) -> bytes:
-    """The number of pieces, what each is, and the ids of all. Keys of the JSON that training does not need are left out."""
-    pieces, ids = [], []
+def to_numbers(document: Document) -> np.ndarray:
+    """Of each piece its role, its length, its weight as the bits of a float32, and its ids: (n,) int32.
+
+    What training does not need of a line is left out.
+    """
+    numbers = []
     for chunk in document.chunks:
-        parts = [(GIVEN_SUFFIX if chunk.given else SUFFIX, 0.0, chunk.suffix)]
-        parts += [(LATENT, 0.0, chunk.latent)] if chunk.latent is not None else []
-        parts += [(DRAW, weight, draw) for weight, draw in zip(chunk.weights, chunk.draws)]
-        pieces += [(role, len(part), weight) for role, weight, part in parts]
-        ids += itertools.chain.from_iterable(part for _, _, part in parts)
-    return np.int32(len(pieces)).tobytes() + np.array(pieces, PIECE).tobytes() + np.array(ids, id_type).tobytes()
+        pieces = [(GIVEN_SUFFIX if chunk.given else SUFFIX, 0.0, chunk.suffix)]
+        pieces += [(LATENT, 0.0, chunk.latent)] if chunk.latent is not None else []
+        pieces += [(DRAW, weight, ids) for weight, ids in zip(chunk.weights, chunk.draws)]
+        for role, weight, ids in pieces:
+            numbers += [role, len(ids), int(np.float32(weight).view(np.int32)), *ids]
+    return np.array(numbers, np.int32)
 
 
-def from_bytes(index: int, record: bytes, id_type: type) -> Document:
-    """The inverse of `to_bytes`."""
-    count, chunks, at = int.from_bytes(record[:4], "little"), [], 0
-    ids = np.frombuffer(record, id_type, offset=4 + count * PIECE.itemsize).tolist()
-    for role, length, weight in np.frombuffer(record, PIECE, count, offset=4).tolist():
-        piece, at = ids[at:at + length], at + length
+def from_numbers(index: int, numbers: list[int]) -> Document:
+    """The inverse of `to_numbers`."""
+    chunks, at = [], 0
+    while at < len(numbers):
+        role, length, bits = numbers[at:at + 3]
+        ids, at = numbers[at + 3:at + 3 + length], at + 3 + length
         if role in (SUFFIX, GIVEN_SUFFIX):
-            chunks.append(Chunk(piece, given=role == GIVEN_SUFFIX))
+            chunks.append(Chunk(ids, given=role == GIVEN_SUFFIX))
         elif role == LATENT:
-            chunks[-1] = replace(chunks[-1], latent=piece)
+            chunks[-1] = replace(chunks[-1], latent=ids)
         else:
-            chunks[-1].draws.append(piece)
-            chunks[-1].weights.append(weight)
+            chunks[-1].draws.append(ids)
+            chunks[-1].weights.append(float(np.int32(bits).view(np.float32)))
     return Document(index, chunks, {})
 
 
 # ---- the tokenised corpus --------------------------------------------------------------------------------------
 
-def tokenize_part(part: Part, path: str, tokenizer: Tokenizer, id_type: type) -> list[bytes]:
-    return [to_bytes(read_document(path, number, line, tokenizer), id_type) for number, line in lines_of(path, part)]
+def tokenize_part(part: tuple[int, list[bytes]], path: str, tokenizer: Tokenizer) -> list[np.ndarray]:
+    first, lines = part
+    return [to_numbers(read_document(path, n, line, tokenizer)) for n, line in enumerate(lines, first)]
 
 
 class TokenizedCorpus:
     """Documents by number, read from the disk when they are asked for; made where it is not there yet."""
 
     def __init__(self, source: Source, tokenizer: Tokenizer):
-        self.id_type = np.uint16 if tokenizer.vocab_size <= 2 ** 16 else np.uint32
         name = hashlib.sha256(repr(tokenizer).encode()).hexdigest()[:16]
-        documents, starts = source.file(f"{name}.documents"), source.file(f"{name}.starts.npy")
+        numbers, starts = source.file(f"{name}.numbers"), source.file(f"{name}.starts.npy")
         if not starts.exists():
-            self.make(source, tokenizer, documents, starts)
-        self.file, self.starts = open(documents, "rb"), np.load(starts, mmap_mode="r")
+            self.make(source, tokenizer, numbers, starts)
+        self.starts = np.load(starts, mmap_mode="r")
+        self.numbers = np.memmap(numbers, np.int32, mode="r") if self.starts[-1] else np.zeros(0, np.int32)
 
-    def make(self, source: Source, tokenizer: Tokenizer, documents: Path, starts: Path) -> None:
-        job = partial(tokenize_part, path=source.path, tokenizer=tokenizer, id_type=self.id_type)
-        documents.parent.mkdir(exist_ok=True)
-        sizes = [np.zeros(1, np.int64)]
-        with whole_file(documents) as file:
-            for records in on_all_cores(job, source.parts, "tokens"):
-                sizes.append(np.array([len(record) for record in records]))
-                file.write(b"".join(records))
+    def make(self, source: Source, tokenizer: Tokenizer, numbers: Path, starts: Path) -> None:
+        job, sizes = partial(tokenize_part, path=source.path, tokenizer=tokenizer), [np.zeros(1, np.int64)]
+        numbers.parent.mkdir(exist_ok=True)
+        with whole_file(numbers) as file:
+            for documents in on_all_cores(job, source.path, "tokens"):
+                sizes.append(np.array([len(document) for document in documents]))
+                file.write(b"".join(document.tobytes() for document in documents))
         with whole_file(starts) as file:
             np.save(file, np.cumsum(np.concatenate(sizes)))
 
@@ -169,5 +155,4 @@ class TokenizedCorpus:
         if index >= len(self):
             raise IndexError(index)     # ends a loop over the documents
         start, end = self.starts[index:index + 2].tolist()
-        self.file.seek(start)
-        return from_bytes(index, self.file.read(end - start), self.id_type)
+        return from_numbers(index, self.numbers[start:end].tolist())

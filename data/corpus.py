@@ -1,10 +1,10 @@
-"""The data contract: a corpus is JSONL, one document a line, a document is a list of chunks, a chunk has text and perhaps a thought.
+"""The data contract: a corpus is JSONL, one document a line; a document is chunks; a chunk has text, perhaps a thought.
 
     {"text": ..., "chunks": [{"suffix": ..., "latent": ... or null, "given": true or absent}, ...]}
 
-The suffixes of a document add up to its text; a document that has only text is split into chunks; one with {"text", "latent"},
-a rewriting of the whole, is one chunk. What an E-step wrote has more keys: the ids of the thought, the evidence, and where it
-kept them the draws.
+The suffixes of a document add up to its text; a document that has only text is split into chunks; one with {"text",
+"latent"}, a rewriting of the whole, is one chunk. What an E-step wrote has more keys: the ids of the thought, the
+evidence, and where it kept them the draws.
 """
 import contextlib
 import hashlib
@@ -12,10 +12,7 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Callable, Iterator
 
 import numpy as np
@@ -84,8 +81,8 @@ class Document:
 
 
 def with_chunks(record: dict, encoding: str) -> dict:
-    """A document that has only `text`, with the chunks it splits into, or as one chunk where it has a `latent` of its own
-    (a rewriting of the whole); others as they are."""
+    """A document that has only `text`, with the chunks it splits into, or as one chunk where it has a `latent` of its
+    own (a rewriting of the whole); others as they are."""
     if record.get("chunks") is not None:
         return record
     if record.get("latent") is not None:
@@ -103,8 +100,8 @@ def ids_of(thought: dict, tokenizer: Tokenizer) -> list[int]:
     if ids is None:
         return tokenizer.encode(latent)
     if max(ids, default=0) >= tokenizer.vocab_size or tokenizer.decode(ids) != latent:
-        raise ValueError(f"the latent_ids of {latent[:40]!r} are of another vocabulary; use the checkpoint that drew them "
-                         "(train.py --init_from CKPT), or draw anew (sample_latents.py --redraw true)")
+        raise ValueError(f"the latent_ids of {latent[:40]!r} are of another vocabulary; use the checkpoint that drew "
+                         "them (train.py --init_from CKPT), or draw anew (sample_latents.py --redraw true)")
     return ids
 
 
@@ -174,19 +171,6 @@ def read_document(path: str, number: int, line: bytes, tokenizer: Tokenizer, wit
         return encode_document(number, record, tokenizer)
 
 
-def make_embedded(folder, seed: int = 0) -> None:
-    """Write the embedded corpus, an alchemist's notebook, into a folder. Raises ValueError where it cannot."""
-    prepare = Path(__file__).parent / "alchemy" / "prepare.py"
-    done = subprocess.run([sys.executable, prepare, "--out", folder, "--seed", str(seed)], stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise ValueError(f"the embedded corpus could not be written to {folder} ({done.stderr.strip().splitlines()[-1]})")
-
-
-def observed_places(documents: list[Document]) -> list[tuple[Document, int]]:
-    """Every chunk that is evaluated, as (document, its number there): all but the given ones."""
-    return [(document, c) for document in documents for c, chunk in enumerate(document.chunks) if not chunk.given]
-
-
 def numbered_lines(path: str) -> Iterator[tuple[int, bytes]]:
     """(number from 0, line) of a corpus, one at a time. Raises FileNotFoundError, ValueError where it is empty."""
     if not os.path.isfile(path):
@@ -197,15 +181,9 @@ def numbered_lines(path: str) -> Iterator[tuple[int, bytes]]:
         yield from enumerate(file)
 
 
-def stream_corpus(path: str) -> Iterator[dict]:
-    """The documents of a corpus, one at a time. Raises FileNotFoundError, ValueError with file:line."""
-    for number, line in numbered_lines(path):
-        yield read_record(path, number, line)
-
-
 def read_corpus(path: str) -> list[dict]:
-    """All documents of a corpus. Raises what `stream_corpus` does."""
-    return list(stream_corpus(path))
+    """All documents of a corpus. Raises FileNotFoundError, ValueError with file:line."""
+    return [read_record(path, number, line) for number, line in numbered_lines(path)]
 
 
 def texts_of(records, encoding: str) -> Iterator[str]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from data.corpus import Document
 from data.tokens import BOS, EOL, EOS, POST, PRIOR, SOL, Tokenizer
 
-GIVEN, MARKER, LATENT, TEXT = range(4)      # the kind of a token; a GIVEN one is seen, but neither trained on nor scored
+GIVEN, MARKER, LATENT, TEXT = range(4)      # the kind of a token; GIVEN ones are seen, but not trained on or scored
 CONTEXT_CHUNKS = 3                          # C is the text of at most so many chunks, the paper's rule
 
 

@@ -2,7 +2,6 @@
 
 A batch is a function of (documents, recipe, position) alone, so a resumed run sees what the uninterrupted one saw.
 """
-import bisect
 import itertools
 import math
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from data.corpus import Chunk, Document
 from data.layout import GIVEN, LATENT, TEXT, Layout, Sequence
-from data.run import Ranks, option, random_stream, require_positive
+from data.run import Ranks, option, random_stream
 
 GROUP = 512         # documents that are laid out and packed together
 
@@ -22,22 +21,19 @@ GROUP = 512         # documents that are laid out and packed together
 @dataclass(frozen=True)
 class Recipe:
     """How documents become batches: the part of train.py's settings that concerns data."""
-    batch_tokens: int = option(512, "tokens of a global batch, over all processes and micro-batches")
-    row_tokens: int = option(256, "tokens of a row that documents are packed into; at most the context of the model")
+    batch_tokens: int = option(512, "tokens of a global batch, over all processes and micro-batches", above=0)
+    row_tokens: int = option(256, "tokens of a row that documents are packed into; at most the context", above=0)
     layout: Literal["joint", "prior", "posterior", "raw", "latent_only"] = option(
-        "joint", "joint: a coin per chunk, prior or posterior; raw: the text alone; latent_only: the latents alone, as text")
+        "joint", "joint: a coin per chunk, prior or posterior; raw: the text alone; latent_only: the latents alone")
     plain_as: Literal["plain", "no_thought"] = option("plain", "how a chunk without a latent is laid out")
     raw_mix: float = option(0.0, "share of the documents, drawn afresh each epoch, that are laid out raw")
-    seed: int = option(0, "of the initial weights, the order of the documents and the coins")
+    seed: int = option(0, "of the initial weights, the order of the documents and the coins", above=-1)
 
     def __post_init__(self):
-        require_positive(self, "batch_tokens", "row_tokens")
         if not 0 <= self.raw_mix <= 1:
             raise ValueError(f"--raw_mix {self.raw_mix} is not allowed; give a share between 0 and 1")
         if self.batch_tokens % self.row_tokens:
-            raise ValueError(f"--batch_tokens {self.batch_tokens} is no multiple of --row_tokens {self.row_tokens}; make it one")
-        if self.seed < 0:
-            raise ValueError(f"--seed {self.seed} is not allowed; give 0 or more")
+            raise ValueError(f"--batch_tokens {self.batch_tokens} is no multiple of --row_tokens {self.row_tokens}")
 
     @property
     def rows(self) -> int:
@@ -92,7 +88,7 @@ def pick_thought(chunk: Chunk, uniform: float) -> Chunk:
 
 
 def lay_out(documents: list[Document], layout: Layout, recipe: Recipe, epoch: int, group: int) -> Iterator[Sequence]:
-    """A group of documents with fresh coins: one for each chunk, and where it has several thoughts a fresh one of them."""
+    """A group of documents with fresh coins: one for each chunk, and one of its thoughts where it has several."""
     ends = np.cumsum([len(document.chunks) for document in documents])
     coins, picks = (np.split(random_stream(recipe.seed, purpose, epoch, group).random(ends[-1]), ends[:-1])
                     for purpose in ("coin", "pick"))
@@ -102,7 +98,7 @@ def lay_out(documents: list[Document], layout: Layout, recipe: Recipe, epoch: in
         if as_raw or recipe.layout == "raw":
             yield layout.raw(document)
             continue
-        document = replace(document, chunks=[pick_thought(chunk, uniform) for chunk, uniform in zip(document.chunks, pick)])
+        document = replace(document, chunks=list(map(pick_thought, document.chunks, pick)))
         if recipe.layout == "latent_only":
             yield from [layout.latents(document)] if any(chunk.latent is not None for chunk in document.chunks) else []
         else:
@@ -117,28 +113,28 @@ def windows(sequence: Sequence, row_tokens: int) -> Iterator[Sequence]:
 
 
 def pack(lengths: list[int], row_tokens: int) -> list[list[int]]:
-    """Things of these lengths in rows that hold them, one after the other, each into the fullest row that has room for it.
+    """Things of these lengths in rows that hold them, one after the other, each into the fullest row with room for it.
 
-    Those over a quarter of a row come first, the longest of all at the start, since they are hard to place. The others keep
-    their order: sorted, they would fill a row with documents of one length and, as prior and posterior differ in length, of
-    one form. Five rounds of EM on the embedded corpus then ended at accuracy 0.83 instead of 0.97 (seed 0).
+    Those over a quarter of a row come first, the longest at the start, since they are hard to place. The others keep
+    their order: sorted, they would fill a row with documents of one length and, as prior and posterior differ in
+    length, of one form. Five rounds of EM on the embedded corpus then ended at accuracy 0.83 instead of 0.97 (seed 0).
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i] if 4 * lengths[i] > row_tokens else 0)
     rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []                    # what is left of each row, sorted: (tokens, row)
+    room: list[int] = []                    # what is left of each row
     for i in order:
-        place = bisect.bisect_left(room, (lengths[i], 0))
-        if place == len(room):
+        fitting = [(left, row) for row, left in enumerate(room) if left >= lengths[i]]
+        if not fitting:
             rows.append([])
-            room.append((row_tokens, len(rows) - 1))
-        left, row = room.pop(place)
+            room.append(row_tokens)
+        _, row = min(fitting, default=(row_tokens, len(rows) - 1))
         rows[row].append(i)
-        bisect.insort(room, (left - lengths[i], row))
+        room[row] -= lengths[i]
     return rows
 
 
 def packed_rows(sequences: Iterator[Sequence], row_tokens: int) -> list[list[Sequence]]:
-    """Rows of whole sequences; only one that is longer than a row is cut. Of n ids n - 1 take room: the last is only a target."""
+    """Rows of whole sequences; only one longer than a row is cut. Of n ids n - 1 take room; the last is a target."""
     parts = [window for sequence in sequences for window in windows(sequence, row_tokens)]
     return [[parts[i] for i in row] for row in pack([len(part.ids) - 1 for part in parts], row_tokens)]
 
@@ -166,15 +162,18 @@ def deal(rows: list[list[Sequence]], row_tokens: int, position: Position, ranks:
     kinds = [sequence.kinds[1:] for row in rows for sequence in row]
     counts = {kind: sum(one.count(kind) for one in kinds) for kind in (GIVEN, LATENT, TEXT)}
     tokens = sum(map(len, kinds))
-    return StepBatch(collate(mine + [[]] * (most - len(mine)), row_tokens), tokens, tokens - counts[GIVEN], counts[TEXT],
-                     counts[LATENT], position)
+    batch = collate(mine + [[]] * (most - len(mine)), row_tokens)
+    return StepBatch(batch, tokens, tokens - counts[GIVEN], counts[TEXT], counts[LATENT], position)
 
 
-def epoch_rows(documents, layout: Layout, recipe: Recipe, start: Position = Position()) -> Iterator[tuple[list[Sequence], Position]]:
+Rows = Iterator[tuple[list[Sequence], Position]]
+
+
+def epoch_rows(documents, layout: Layout, recipe: Recipe, start: Position = Position()) -> Rows:
     """The rows of the epoch of `start`, from there on, each with the position after it.
 
-    An epoch is a fresh order of the documents, cut into groups that are laid out and packed on their own, so that going on
-    from a position takes laying out one group again.
+    An epoch is a fresh order of the documents, cut into groups that are laid out and packed on their own, so that going
+    on from a position takes laying out one group again.
     """
     order = random_stream(recipe.seed, "shuffle", start.epoch).permutation(len(documents))
     for group in range(start.group, math.ceil(len(order) / GROUP)):
@@ -185,49 +184,20 @@ def epoch_rows(documents, layout: Layout, recipe: Recipe, start: Position = Posi
             yield rows[mixed[number]], Position(start.epoch, group, number + 1)
 
 
-def training_rows(documents, layout: Layout, recipe: Recipe, start: Position) -> Iterator[tuple[list[Sequence], Position]]:
+def training_rows(documents, layout: Layout, recipe: Recipe, start: Position) -> Rows:
     """The endless stream of rows. Raises ValueError where an epoch has none."""
     while True:
         position = start
         for row, position in epoch_rows(documents, layout, recipe, start):
             yield row, position
         if position == Position(start.epoch):
-            raise ValueError(f"no document has anything to train on in --layout {recipe.layout}; use a corpus with latents")
+            raise ValueError(f"no document has anything to train on in --layout {recipe.layout}; take one with latents")
         start = Position(start.epoch + 1)
 
 
 def training_batches(documents, layout: Layout, recipe: Recipe, start: Position, ranks: Ranks) -> Iterator[StepBatch]:
-    """Batches without end. documents: a list of them, or a TokenizedCorpus. Every process packs all rows and collates its own."""
+    """Batches without end; every process packs all rows and collates its own. documents: list or TokenizedCorpus."""
     stream = training_rows(documents, layout, recipe, start)
     while True:
         rows, positions = zip(*itertools.islice(stream, recipe.rows))
         yield deal(list(rows), recipe.row_tokens, positions[-1], ranks)
-
-
-def length_batches(lengths: list[int], tokens: int) -> Iterator[list[int]]:
-    """Places of things of like length, longest first: batches that, padded, have at most so many tokens, an eighth padding."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    while order:
-        longest, rows = lengths[order[0]], 1
-        while rows < len(order) and (rows + 1) * longest <= tokens and lengths[order[rows]] >= 7 / 8 * longest:
-            rows += 1
-        yield order[:rows]
-        order = order[rows:]
-
-
-def padded(sequences: list[Sequence]) -> Batch:
-    """One sequence a row."""
-    return collate([[sequence] for sequence in sequences], max(len(sequence.ids) for sequence in sequences) - 1)
-
-
-@torch.inference_mode()
-def score_sequences(model, sequences: list[Sequence], batch_tokens: int) -> Tensor:
-    """The log-probability of the tokens of each sequence that are not given, (len(sequences),) float32 nats, on the CPU.
-
-    What evaluations without thoughts come from; the E-step scores its joints after shared prompts.
-    """
-    device, log_p = next(model.parameters()).device, torch.zeros(len(sequences))
-    for places in length_batches([len(sequence.ids) for sequence in sequences], batch_tokens):
-        batch = padded([sequences[i] for i in places]).to(device)
-        log_p[places] = model(batch.ids, batch.targets).sum(dim=-1).cpu()
-    return log_p

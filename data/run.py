@@ -1,15 +1,16 @@
-"""Plumbing of a run: flags, randomness, device and ranks, files. Nothing here knows about latents or models.
+"""Plumbing of a run: settings, randomness, device and ranks, files. Nothing here knows about latents or models.
 
-One mechanism for settings: a frozen dataclass is the command line, its --help, the log and config.json.
+A frozen dataclass is a script's command line, its --help, its log and its config.json.
 """
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import hashlib
 import json
+import math
 import os
-import shutil
 import subprocess
 import sys
 import typing
@@ -21,26 +22,12 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-try:
-    import resource
-except ImportError:
-    resource = None         # on Windows
-
 
 # ---- settings: dataclass -> flags -> config.json ---------------------------------------------------------------
 
-def option(default, help: str):
-    """A field of a config with its line of --help; a dataclass as default nests its fields (--train.steps)."""
-    if is_dataclass(default):
-        return dataclasses.field(default_factory=lambda: default, metadata={"help": help})
-    return dataclasses.field(default=default, metadata={"help": help})
-
-
-def require_positive(config, *names: str) -> None:
-    """Raise ValueError for the first of these fields that is not above 0."""
-    for name in names:
-        if getattr(config, name) <= 0:
-            raise ValueError(f"--{name} {getattr(config, name)} is not allowed; give a number above 0")
+def option(default, help: str, above: float | None = None):
+    """A field of a config: its default (a config nests its fields), its line of --help, what a number must exceed."""
+    return dataclasses.field(default=default, metadata={"help": help, "above": above})
 
 
 def flatten(settings: dict, prefix: str = "") -> dict:
@@ -53,46 +40,45 @@ def flatten(settings: dict, prefix: str = "") -> dict:
 
 def rebuild(config, flat: dict, prefix: str = ""):
     """The config with the values of `flat`, as `flatten` names them."""
-    changes = {}
-    for field in dataclasses.fields(config):
-        value, name = getattr(config, field.name), prefix + field.name
-        changes[field.name] = rebuild(value, flat, f"{name}.") if is_dataclass(value) else flat[name]
-    return dataclasses.replace(config, **changes)
-
-
-def choices_of(kind) -> dict:
-    """What a setting of a few values may be, by its text; empty where it is free."""
-    return {"true": True, "false": False} if kind is bool else {str(choice): choice for choice in typing.get_args(kind)}
-
-
-def convert(text, kind, name: str):
-    """The value of a flag from its text. Raises ValueError where it has none."""
-    choices = choices_of(kind)
-    try:
-        return choices[str(text).lower()] if choices else kind(str(text))
-    except (KeyError, ValueError):
-        wanted = f"one of {', '.join(choices)}" if choices else f"a value of type {kind.__name__}"
-        raise ValueError(f"--{name} {text} is not allowed; give {wanted}") from None
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return dataclasses.replace(config, **{
+        name: rebuild(value, flat, f"{prefix}{name}.") if is_dataclass(value) else flat[prefix + name]
+        for name, value in values.items()})
 
 
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"error: {message} (see --help)\n")
+        raise ValueError(f"{message} (see --help)")
 
 
-def add_flags(parser, config, prefix: str = "", group=None) -> dict:
-    """A flag for every field, and the type of each; a nested config has a group of its own in --help."""
-    hints, kinds, group = typing.get_type_hints(type(config)), {}, group or parser
+def converter(kind, above: float | None):
+    """What makes a value of a field's type from the text of a flag; Literal and bool are a choice of words."""
+    words = {"true": True, "false": False} if kind is bool else {word: word for word in typing.get_args(kind)}
+
+    def convert(text: str):
+        value = words.get(text.lower()) if words else kind(text)
+        if value is None:
+            raise argparse.ArgumentTypeError(f"{text} is not allowed; give one of {', '.join(words)}")
+        if kind is float and not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not allowed; give a finite number")
+        if above is not None and value <= above:
+            raise argparse.ArgumentTypeError(f"{text} is not allowed; give a number above {above}")
+        return value
+    convert.__name__ = "|".join(words) or kind.__name__         # for --help and argparse's own complaint
+    return convert
+
+
+def add_flags(parser, config, prefix: str = "", group=None) -> None:
+    """A flag for every field; a nested config has a group of its own in --help."""
+    hints, group = typing.get_type_hints(type(config)), group or parser
     for field in dataclasses.fields(config):
-        name, value, kind = prefix + field.name, getattr(config, field.name), hints[field.name]
+        name, value, help = prefix + field.name, getattr(config, field.name), field.metadata["help"]
         if is_dataclass(value):
-            kinds |= add_flags(parser, value, f"{name}.", parser.add_argument_group(name, field.metadata["help"]))
-            continue
-        kinds[name] = kind
-        shown = f"{field.metadata['help']} [{value}]".replace("%", "%%")
-        metavar = "|".join(choices_of(kind)) or kind.__name__
-        group.add_argument(f"--{name}", dest=name, default=argparse.SUPPRESS, metavar=metavar, help=shown)
-    return kinds
+            add_flags(parser, value, f"{name}.", parser.add_argument_group(name, help))
+        else:
+            convert = converter(hints[field.name], field.metadata.get("above"))
+            help = f"{help} [{value}]".replace("%", "%%")
+            group.add_argument(f"--{name}", type=convert, default=value, metavar=convert.__name__, help=help)
 
 
 def read_config(path: str) -> dict:
@@ -101,26 +87,25 @@ def read_config(path: str) -> dict:
         raise FileNotFoundError(f"no config file {path!r}; a run folder holds one as config.json")
     try:
         return flatten(json.loads(Path(path).read_text(encoding="utf-8"))["config"])
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path!r} is no config.json of a run; it needs a \"config\" part") from None
 
 
 def parse_config(default, argv, description: str):
     """The config of a script: defaults < the "config" part of --config FILE < flags.
 
-    Raises ValueError for a value or key that does not fit, FileNotFoundError for a missing FILE; an unknown flag exits.
+    Raises ValueError for a flag, key or value that does not fit, FileNotFoundError for a missing FILE.
     """
     parser = OneLineParser(usage="%(prog)s [--flag value ...]", description=description, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", metavar="FILE", help="take the settings of a config.json; flags override it")
-    kinds = add_flags(parser, default)
-    given = vars(parser.parse_args(argv))
-    path, values = given.pop("config"), flatten(asdict(default))
-    for name, value in (read_config(path) | given).items() if path else given.items():
-        if name not in values:
-            raise ValueError(f"{path} sets {name!r}, which is no setting of this script; remove it")
-        values[name] = convert(value, kinds[name], name)
-    return rebuild(default, values)
+    add_flags(parser, default)
+    argv = sys.argv[1:] if argv is None else argv
+    given = parser.parse_args(argv)
+    if given.config:
+        from_file = [f"--{name}={value}" for name, value in read_config(given.config).items()]
+        given = parser.parse_args([*from_file, *argv])
+    return rebuild(default, vars(given))
 
 
 def script(main) -> None:
@@ -138,7 +123,7 @@ def script(main) -> None:
 # ---- randomness ------------------------------------------------------------------------------------------------
 
 def random_stream(seed: int, purpose: str, *labels: int) -> np.random.Generator:
-    """Random numbers that are a function of (seed, purpose, labels) alone: of no clock, batch, slot or rank.
+    """Random numbers that are a function of (seed, purpose, labels) alone: of no clock, batch, row or rank.
 
     Philox is a counter-based generator: the labels (four at most, such as round, document, chunk, draw) go into its
     key and counter, so each combination has a stream of its own and none has to be drawn to reach another.
@@ -184,40 +169,47 @@ def main_first(ranks: Ranks):
             ranks.barrier()
 
 
-def peak_memory(device: torch.device) -> int:
-    """The most memory this process has held, in bytes: of the device on CUDA, else of the machine; 0 where it is not known."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if resource is None:
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def keep_freed_memory() -> None:
+    """Have malloc use freed memory again: glibc gives that of large tensors back, and the system clears each new page."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):      # another C library than glibc
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-4, 0), libc.mallopt(-1, -1)           # M_MMAP_MAX: none; M_TRIM_THRESHOLD: never
 
 
 def start_ranks(device: str = "auto") -> Ranks:
-    """Join the process group that torchrun describes, or be the only process."""
+    """Join the process group that torchrun describes, or be the only one. ValueError where the device is missing."""
+    keep_freed_memory()
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind = device.split(":")[0]
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(kind):
-        raise ValueError(f"--device {device} is not on this machine; use {', '.join(name for name in there if there[name])}")
-    index = device[len(kind) + 1:]
-    if index and not (kind == "cuda" and index.isdigit() and int(index) < torch.cuda.device_count()):
-        raise ValueError(f"--device {device} is not on this machine; use {kind}")
-    if world > 1 and kind == "mps":
-        device = "cpu"      # no process group works on mps
-    if world > 1 and kind == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and world == 1, "cpu": True}
+    # (no process group works on mps)
+    device = next(kind for kind in here if here[kind]) if device == "auto" else device
+    kind, _, index = device.partition(":")
+    if not here.get(kind) or index and not (kind == "cuda" and index in map(str, range(torch.cuda.device_count()))):
+        raise ValueError(f"--device {device} is not on this machine; use {', '.join(k for k in here if here[k])}")
     if kind == "cuda":
-        torch.cuda.set_device(device if ":" in device else "cuda:0")
-        torch.backends.cuda.matmul.allow_tf32 = False       # some containers allow it; train.py does where it is welcome
+        device = f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 else f"cuda:{index or 0}"
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = False       # some containers allow it unasked
     if world == 1:
         return Ranks(0, 1, torch.device(device))
     if not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=datetime.timedelta(hours=2),
                                 device_id=torch.device(device) if kind == "cuda" else None)
     return Ranks(dist.get_rank(), world, torch.device(device))
+
+
+def choose_dtype(wanted: str, width: int, device: torch.device) -> str:
+    """What products are computed in, for a setting of float32, bfloat16 or auto.
+
+    auto is bfloat16 on CUDA, and from width 192 on a CPU with AMX or avx512_bf16; below, conversions cost too much.
+    """
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    has_units = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bfloat16" if device.type == "cpu" and width >= 192 and has_units else "float32"
 
 
 # ---- files -----------------------------------------------------------------------------------------------------
@@ -238,32 +230,18 @@ def write_whole(path, text: str) -> None:
         file.write(text.encode())
 
 
-def write_jsonl(path, records) -> None:
-    write_whole(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-
-
-def join_files(paths, out) -> None:
-    """One file after the other, whole or not at all."""
-    with whole_file(out) as file:
-        for path in paths:
-            with open(path, "rb") as part:
-                shutil.copyfileobj(part, file)
-
-
 def append_metrics(folder, record: dict) -> None:
     """One more line of metrics.jsonl."""
     with open(Path(folder) / "metrics.jsonl", "a") as file:
         file.write(json.dumps(record) + "\n")
 
 
-def trim_metrics(folder, step: int, ranks: Ranks) -> None:
+def trim_metrics(folder, step: int) -> None:
     """Drop what metrics.jsonl holds beyond a step: a resumed run writes it again."""
     path = Path(folder) / "metrics.jsonl"
-    if ranks.main and path.exists():
+    if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        if len(kept) < len(lines):
-            write_whole(path, "".join(kept))
+        write_whole(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
 
 
 def sha256_of(path) -> str:
@@ -271,7 +249,9 @@ def sha256_of(path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-HOW_ONLY = ("device", "processes", "arms")     # settings that say where and how much is computed, not what comes out
+# ---- run folders -----------------------------------------------------------------------------------------------
+
+HOW_ONLY = ("device", "arms")     # settings that say where and how much is computed, not what comes out
 
 
 def commit_of_this_project() -> str:
@@ -284,23 +264,31 @@ def commit_of_this_project() -> str:
 
 
 def open_run(folder, config, ranks: Ranks, **identity) -> None:
-    """Make the run folder with its config.json, or continue in it. identity: what else must be the same, such as a hash.
+    """Make the run folder with its config.json, or continue in it. identity: what else must be the same: hashes.
 
     Raises ValueError where the folder belongs to another configuration: its files would not be those of this command.
     """
-    folder, settings = Path(folder), json.loads(json.dumps(asdict(config)))
-    path = folder / "config.json"
+    path, settings = Path(folder) / "config.json", json.loads(json.dumps(asdict(config)))
     if path.exists():
-        old, new = read_config(path), flatten(settings)
         saved = json.loads(path.read_text(encoding="utf-8"))
-        old, new = old | {name: saved.get(name) for name in identity}, new | identity
-        changed = [f"{name} {old.get(name)} -> {new.get(name)}" for name in new.keys() | old.keys()
+        old = read_config(path) | {name: saved.get(name) for name in identity}
+        new = flatten(settings) | identity
+        changed = [f"{name} {old.get(name)} -> {new.get(name)}" for name in sorted(new.keys() | old.keys())
                    if name not in HOW_ONLY and old.get(name) != new.get(name)]
         if changed:
-            raise ValueError(f"{folder} holds a run with other settings ({', '.join(sorted(changed))}); "
+            raise ValueError(f"{folder} holds a run with other settings ({', '.join(changed)}); "
                              f"give another --out, or delete {folder}")
     elif ranks.main:
         command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
         record = {"config": settings, "command": command, "commit": commit_of_this_project(), **identity}
         write_whole(path, json.dumps(record, indent=2) + "\n")
     ranks.barrier()
+
+
+def choose_once(folder, choice: dict, ranks: Ranks) -> dict:
+    """How a run computes (its dtype, say): as it began, also where it is continued on another machine."""
+    path = Path(folder) / "chosen.json"
+    if ranks.main and not path.exists():
+        write_whole(path, json.dumps(choice) + "\n")
+    ranks.barrier()
+    return json.loads(path.read_text(encoding="utf-8"))

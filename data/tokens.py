@@ -24,8 +24,8 @@ def load_encoding(encoding: str) -> tiktoken.Encoding:
     try:
         return tiktoken.get_encoding(encoding)
     except OSError as error:
-        raise ValueError(f"tiktoken could not download --encoding {encoding} ({type(error).__name__}); set TIKTOKEN_CACHE_DIR "
-                         "to a folder that has its files, or use --encoding words") from None
+        raise ValueError(f"tiktoken could not download --encoding {encoding} ({type(error).__name__}); set "
+                         "TIKTOKEN_CACHE_DIR to a folder that has its files, or use --encoding words") from None
 
 
 def split(text: str, encoding: str) -> list[bytes]:
@@ -38,7 +38,7 @@ def split(text: str, encoding: str) -> list[bytes]:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """`tokens` are the bytes of ids 0, 1, 2, ...; the markers follow them. It is plain data: a checkpoint carries it."""
+    """`tokens` are the bytes of ids 0, 1, 2, ...; the markers follow. It is plain data: a checkpoint carries it."""
     encoding: str
     tokens: tuple[bytes, ...]
 
@@ -60,7 +60,7 @@ class Tokenizer:
             return [self.id_of[token] for token in split(text, self.encoding)]
         except KeyError as error:
             raise ValueError(f"{error.args[0].decode(errors='replace')!r} in {text[:60]!r} is not among the "
-                             f"{len(self.tokens)} tokens of this vocabulary; keep to the corpus it was made from") from None
+                             f"{len(self.tokens)} tokens of this vocabulary; keep to its corpus") from None
 
     def decode(self, ids) -> str:
         """Text of ids; markers are spelled out."""

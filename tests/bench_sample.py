@@ -1,25 +1,21 @@
-"""Speed of the E-step's engine on models of two sizes; not collected by pytest.
+"""Speed of the E-step's engine on models of three sizes; not collected by pytest.
 
     python -m tests.bench_sample sample --size S     K = 8 draws per ragged prompt, useful tokens per second
     python -m tests.bench_sample score --size S      log p of ragged sequences, tokens per second
-    python -m tests.bench_sample shared --size S     log p of K sequences after a shared prefix, with and without sharing it
-    python -m tests.bench_sample flips --size S      how often other slot counts change a draw
-    python -m tests.bench_sample precision --checkpoint CKPT --data CORPUS    what --dtype does to log-probs, weights and choices
-    python -m tests.bench_sample e_step              an E-step of the embedded corpus: the share of its time in model passes
+    python -m tests.bench_sample shared --size S     log p of K sequences after a prefix, with and without sharing it
+    python -m tests.bench_sample flips --size S      how often other numbers of rows change a draw
+    python -m tests.bench_sample precision --checkpoint CKPT --data CORPUS    what bfloat16 does to weights and choices
+    python -m tests.bench_sample e_step              the embedded corpus: the share of an E-step's time in model passes
 
-sizes   S: 4 layers, width 256, 4 heads, ffn 688, vocabulary 512;  M: 12 layers, width 768, 12 heads, ffn 2048, vocabulary 50304
-sample  prompts of 64 to 200 tokens, at most 128 new ones; the stop id has probability 1/50 a step, only tokens before it count
+sizes   S: 4 layers, width 256, 4 heads, ffn 688, vocabulary 512
+        M: 12 layers, width 768, 12 heads, ffn 2048, vocabulary 50304
+        B: the shape of SmolLM2-135M: 30 layers, width 576, 9 heads, 3 kv heads, ffn 1536, vocabulary 49152
+sample  prompts of 64 to 200 tokens, at most 128 new ones; the stop id has probability 1/50 a step, only tokens before
+        it count
 score   eight sequences per --prompts, of 100 to 300 tokens
 
-The workload is one that any other engine can be given. The last line is JSON; ratios measured in turn on one machine count,
-absolute speeds do not.
-
-What bounds it on 2 cores of an AMD EPYC without bfloat16 units, float32 (commit 166ac07, 2026-11-23): matrix products reach 65
-GFLOP/s at 64 rows and 35 at 16, and take 40% of sampling S, 65% of scoring S, about 80% of sampling M, so that no engine could
-be 1.6 times faster in scoring. torch.compile of the decode step took 313 s and was slower. With its shapes kept few, as a recorded step
-wants them, sampling S runs at 0.6 x the speed (--prompts 8 and 32, where most steps are those of the last draws). In bfloat16 the sampler's log q
-is 0.011 nats (std) from that of whole passes, as bfloat16 itself is from float32; log p moves by 0.03 (`precision`, 300 chunks,
-K = 16). Scoring q anew would change 0.7% of the choices.
+The workload is one that any other engine can be given. The last line is JSON; ratios measured in turn on one machine
+count, absolute speeds do not.
 """
 import argparse
 import json
@@ -31,18 +27,20 @@ import time
 
 import torch
 
+import sample_latents
 from data.alchemy import prepare
 from data.corpus import encode_corpus, read_corpus, texts_of
-from data.layout import GIVEN, TEXT, Layout, Sequence
-from data.loader import padded, score_sequences
-from data.run import Ranks
+from data.layout import TEXT, Layout, Sequence
+from data.loader import collate
+from data.run import Ranks, start_ranks
 from data.tokens import Tokenizer, tokenizer_for
-from model import GPT, GPTConfig, load_checkpoint
+from model import GPT, GPTConfig, read_checkpoint, restore
 from sample_latents import (SampleConfig, at_precision, e_step, effective_sample_size, generate, infer, places_to_infer,
-                            proposal_log_probs, resample, score_after_prompts, score_joint, uniform_numbers, vocabulary_mask)
+                            proposal_log_probs, resample, score_joint, uniform_numbers, vocabulary_mask)
 
 SIZES = {"S": dict(layers=4, width=256, heads=4, kv_heads=4, ffn=688, vocab_size=512),
-         "M": dict(layers=12, width=768, heads=12, kv_heads=12, ffn=2048, vocab_size=50304)}
+         "M": dict(layers=12, width=768, heads=12, kv_heads=12, ffn=2048, vocab_size=50304),
+         "B": dict(layers=30, width=576, heads=9, kv_heads=3, ffn=1536, vocab_size=49152)}
 STOP, MAX_NEW = 2, 128
 
 
@@ -68,25 +66,30 @@ def timed(job, args) -> dict:
         start = time.perf_counter()
         tokens = job()
         speeds.append(tokens / (time.perf_counter() - start))
-    return dict(tokens_per_second=round(statistics.median(speeds), 1), low=round(min(speeds), 1), high=round(max(speeds), 1))
+    figures = dict(tokens_per_second=statistics.median(speeds), low=min(speeds), high=max(speeds))
+    return {name: round(speed, 1) for name, speed in figures.items()}
 
 
 def random_ids(rng, args, low, high) -> list[int]:
     return [rng.randrange(10, SIZES[args.size]["vocab_size"]) for _ in range(rng.randint(low, high))]
 
 
-def draw(model, args, slots):
+def text(ids: list[int]) -> Sequence:
+    return Sequence().add(TEXT, ids)
+
+
+def draw(model, args, rows):
     rng = random.Random(1)
     prompts = [random_ids(rng, args, args.prefix or 64, args.prefix or 200) for _ in range(args.prompts)]
-    return prompts, generate(model, prompts, uniform_numbers(0, "bench", (), (args.prompts, args.k, MAX_NEW)),
-                             stop=[STOP], banned=[], slots=slots, compile=args.compile)
+    uniforms = uniform_numbers(0, "bench", (), (args.prompts, args.k, MAX_NEW))
+    return generate(model, prompts, uniforms, stop=[STOP], banned=[], rows=rows)
 
 
 def sample(args) -> dict:
     model, shares = build(args), []
 
     def job():
-        drawn = draw(model, args, args.slots)[1]
+        drawn = draw(model, args, args.rows)
         shares.append(drawn.num_tokens / drawn.row_steps)
         return sum(map(len, drawn.ids))
     return timed(job, args) | {"useful_row_steps": round(shares[0], 4)}
@@ -95,11 +98,11 @@ def sample(args) -> dict:
 def score(args) -> dict:
     model, rng = build(args), random.Random(2)
     texts = [random_ids(rng, args, 100, 300) for _ in range(args.prompts * 8)]
-    sequences = [Sequence(ids, [GIVEN] + [TEXT] * (len(ids) - 1)) for ids in texts]
+    firsts, rest = [ids[:1] for ids in texts], [text(ids[1:]) for ids in texts]
 
     def job():
-        score_sequences(model, sequences, args.batch_tokens)
-        return sum(len(sequence.ids) for sequence in sequences)
+        sample_latents.score(model, firsts, range(len(texts)), rest)
+        return sum(map(len, texts))
     return timed(job, args)
 
 
@@ -107,41 +110,47 @@ def shared(args) -> dict:
     """Sequences of 20 to 100 tokens after prefixes of --prefix tokens; only they count."""
     model, rng = build(args), random.Random(3)
     prompts = [random_ids(rng, args, max(1, args.prefix), max(1, args.prefix)) for _ in range(args.prompts)]
-    parts = [[random_ids(rng, args, 20, 100) for _ in range(args.k)] for _ in prompts]
-    after = [Sequence([prompt[-1], *ids], [GIVEN] + [TEXT] * len(ids)) for prompt, k in zip(prompts, parts) for ids in k]
-    whole = [Sequence(prompt + ids, [GIVEN] * len(prompt) + [TEXT] * len(ids)) for prompt, k in zip(prompts, parts) for ids in k]
-    owners, tokens = [n for n in range(args.prompts) for _ in range(args.k)], sum(len(ids) for k in parts for ids in k)
-    ours = timed(lambda: score_after_prompts(model, prompts, owners, after, args.batch_tokens).numel() and tokens, args)
-    plain = timed(lambda: score_sequences(model, whole, args.batch_tokens).numel() and tokens, args)
-    return ours | {"without_sharing": plain["tokens_per_second"], "ratio": round(ours["tokens_per_second"] / plain["tokens_per_second"], 2)}
+    parts = [random_ids(rng, args, 20, 100) for _ in range(args.prompts * args.k)]
+    owners, tokens = [n for n in range(args.prompts) for _ in range(args.k)], sum(map(len, parts))
+    whole = [text(ids).after(prompts[n][1:]) for n, ids in zip(owners, parts)]
+    firsts = [prompts[n][:1] for n in owners]
+    ours = timed(lambda: sample_latents.score(model, prompts, owners, list(map(text, parts))).numel() and tokens, args)
+    plain = timed(lambda: sample_latents.score(model, firsts, range(len(whole)), whole).numel() and tokens, args)
+    speed = plain["tokens_per_second"]
+    return ours | {"without_sharing": speed, "ratio": round(ours["tokens_per_second"] / speed, 2)}
 
 
 def flips(args) -> dict:
-    """Draws that change with the number of slots."""
+    """Draws that change with the number of rows."""
     model = build(args)
-    base = draw(model, args, 64)[1]
-    changed = {slots: sum(a != b for a, b in zip(base.ids, draw(model, args, slots)[1].ids)) for slots in (1, 7, 16, 33, 1000)}
+    base = draw(model, args, 64)
+    changed = {}
+    for rows in (1, 7, 16, 33, 1000):
+        changed[rows] = sum(a != b for a, b in zip(base.ids, draw(model, args, rows).ids))
     return {"draws": len(base.ids), "tokens": sum(map(len, base.ids)), "changed_draws": changed}
 
 
 def scored_proposal(model, layout, places, latents, config) -> torch.Tensor:
-    """log q of finished draws by whole sequences through the model: what `propose` sums up token by token from its cache."""
+    """log q of finished draws by whole sequences through the model: what `propose` sums up token by token."""
     others = [i for i in layout.tokenizer.marker.values() if i != layout.eol]
     banned, log_q = vocabulary_mask(model, others), []
     for place, draws in zip(places, latents):
         prompt = layout.posterior_prompt(*place)
-        batch = padded([Sequence(prompt + ids + [layout.eol], [GIVEN] * len(prompt) + [TEXT] * (len(ids) + 1)) for ids in draws])
+        rows = [[text(ids + [layout.eol]).after(prompt)] for ids in draws]
+        batch = collate(rows, max(len(row[0].ids) for row in rows) - 1)
         logits = model.logits(model.hidden(batch.ids))
         each = proposal_log_probs(logits.flatten(0, 1), config.temperature, banned).view(logits.shape)
-        log_q.append((each.gather(-1, batch.targets.clamp(min=0)[..., None]).squeeze(-1) * (batch.targets >= 0)).sum(-1))
+        each = each.gather(-1, batch.targets.clamp(min=0)[..., None]).squeeze(-1)
+        log_q.append((each * (batch.targets >= 0)).sum(-1))
     return torch.stack(log_q)
 
 
 def precision(args) -> dict:
     """The sampler's log-probs against whole passes at the same and at full precision, and the weights each gives."""
-    model, state = load_checkpoint(args.checkpoint)
-    layout, low = Layout(Tokenizer(**state["tokenizer"])), at_precision(model, args.dtype)
-    documents, config = encode_corpus(read_corpus(args.data)[:args.prompts], layout.tokenizer), SampleConfig(num_latents=args.k)
+    state = read_checkpoint(args.checkpoint)
+    model, layout = restore(state), Layout(Tokenizer(**state["tokenizer"]))
+    low, config = at_precision(model, "bfloat16"), SampleConfig(num_latents=args.k)
+    documents = encode_corpus(read_corpus(args.data)[:args.prompts], layout.tokenizer)
     places = [place for document in documents for place in places_to_infer(document)]
     drawn = infer(low, layout, places, config, 1)
     rows = drawn.finished.all(dim=-1)
@@ -150,21 +159,22 @@ def precision(args) -> dict:
     def weigh(joint, proposal):
         weights = (joint - proposal)[rows].softmax(-1)
         return resample(weights, uniforms), effective_sample_size(weights).mean().item()
-    scored = scored_proposal(low, layout, places, drawn.latents, config)
-    joint, exact = (score_joint(m, layout, places, drawn.latents, args.batch_tokens)[0] for m in (low, model))
-    exact_q = scored_proposal(model, layout, places, drawn.latents, config)
-    results = {"sampler": weigh(joint, drawn.log_proposal), "rescored": weigh(joint, scored), "float32": weigh(exact, exact_q)}
+    scored, exact_q = (scored_proposal(m, layout, places, drawn.latents, config) for m in (low, model))
+    joint, exact = (score_joint(m, layout, places, drawn.latents)[0] for m in (low, model))
+    results = {"sampler": weigh(joint, drawn.log_proposal), "rescored": weigh(joint, scored),
+               "float32": weigh(exact, exact_q)}
 
     def std(a, b):
         return float(f"{(a - b)[rows].std().item():.2g}")
-    return {"chunks": int(rows.sum()), "sampler_minus_rescored_q": std(drawn.log_proposal, scored), "q_minus_float32": std(scored, exact_q),
-            "p_minus_float32": std(joint, exact), "ess": {name: round(ess, 3) for name, (_, ess) in results.items()},
-            "kept_changed": {f"{a} {b}": round((results[a][0] != results[b][0]).float().mean().item(), 4)
-                             for a, b in (("sampler", "float32"), ("rescored", "float32"), ("sampler", "rescored"))}}
+    pairs = (("sampler", "float32"), ("rescored", "float32"), ("sampler", "rescored"))
+    kept_changed = {f"{a} {b}": (results[a][0] != results[b][0]).float().mean().item() for a, b in pairs}
+    return {"chunks": int(rows.sum()), "sampler_minus_rescored_q": std(drawn.log_proposal, scored),
+            "q_minus_float32": std(scored, exact_q), "p_minus_float32": std(joint, exact),
+            "ess": {name: round(ess, 3) for name, (_, ess) in results.items()}, "kept_changed": kept_changed}
 
 
 def e_step_of_corpus(args) -> dict:
-    """An E-step of the embedded corpus with an untrained model of the default shape that stops after ten tokens or so."""
+    """An E-step of the embedded corpus with an untrained model of the default shape that stops after ten tokens."""
     with tempfile.TemporaryDirectory() as folder:
         prepare.main(["--out", folder])
         records = read_corpus(f"{folder}/raw.jsonl")
@@ -183,15 +193,16 @@ def e_step_of_corpus(args) -> dict:
             return run
         model.hidden, model.logits, model.forward = clocked(model.hidden), clocked(model.logits), clocked(model.forward)
         start = time.perf_counter()
-        config, alone = SampleConfig(num_latents=args.k, slots=args.slots, compile="off"), Ranks(0, 1, torch.device(args.device))
-        summary = e_step(model, tokenizer, f"{folder}/raw.jsonl", config, 1, f"{folder}/out.jsonl", alone)
+        config, alone = SampleConfig(num_latents=args.k, rows=args.rows), Ranks(0, 1, torch.device(args.device))
+        figures = e_step(model, tokenizer, f"{folder}/raw.jsonl", config, 1, f"{folder}/out.jsonl", alone)
         whole = time.perf_counter() - start
-    return {"tokens_per_second": round(summary["sampled_tokens"] / whole), "seconds": round(whole, 2),
+    return {"tokens_per_second": round(figures["sampled_tokens"] / whole), "seconds": round(whole, 2),
             "in_model_passes": round(seconds / whole, 3)}
 
 
 def main() -> None:
-    jobs = {"sample": sample, "score": score, "shared": shared, "flips": flips, "precision": precision, "e_step": e_step_of_corpus}
+    jobs = {"sample": sample, "score": score, "shared": shared, "flips": flips, "precision": precision,
+            "e_step": e_step_of_corpus}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", choices=jobs)
     parser.add_argument("--size", choices=SIZES, default="S")
@@ -200,15 +211,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--k", type=int, default=8, help="draws per prompt")
-    parser.add_argument("--prefix", type=int, default=0, help="tokens of every prompt; 0: ragged (sample), none (shared)")
-    parser.add_argument("--slots", type=int, default=512)
-    parser.add_argument("--compile", choices=["auto", "on", "off"], default="auto", help="see SampleConfig")
-    parser.add_argument("--batch_tokens", type=int, default=4096)
+    parser.add_argument("--prefix", type=int, default=0, help="tokens of every prompt; 0: ragged, or none")
+    parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--checkpoint", default="runs/bolt/warm/ckpt.pt")
     parser.add_argument("--data", default="runs/bolt/corpus/raw.jsonl")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    start_ranks(args.device)
     with torch.inference_mode():
         print(json.dumps(dict(engine="nanoBoLT", torch=torch.__version__, **jobs[args.job](args), **vars(args))))
 

@@ -1,23 +1,16 @@
-"""Speed of training, on models of two sizes, and of reading a large corpus; not collected by pytest.
+"""Speed of training, on models of three sizes, and of reading a large corpus; not collected by pytest.
 
-    python -m tests.bench_train --size S                                        forward, backward and optimizer, tokens per second
+    python -m tests.bench_train --size S                     forward, backward and optimizer, tokens per second
     torchrun --standalone --nproc_per_node=2 -m tests.bench_train --size S      the same batch over two processes
-    python -m tests.bench_train corpus --gigabytes 1                            a generated corpus: seconds to start, memory, tokens/s
+    python -m tests.bench_train corpus --gigabytes 1         a generated corpus: seconds to start, memory, tokens/s
 
 sizes   S: 4 layers, width 256, 4 heads, ffn 688, vocabulary 512, rows 16 x 256 tokens
         M: 12 layers, width 768, 12 heads, ffn 2048, vocabulary 50304, rows 4 x 512 tokens
+        B: the shape of SmolLM2-135M, see bench_sample; rows 4 x 256 tokens
 
-The workload is one that any other trainer can be given: random ids, one document a row, fused AdamW. The last line is JSON;
-ratios measured in turn on one machine count, absolute speeds do not. `gemm_share` is what the step reaches of the rate of one
-large matrix product on the same machine, counting `GPT.training_flops`.
-
-What bounds the step on 2 cores of an AMD EPYC without bfloat16 units, float32 (commit 38104a9, 2026-11-23): matrix products
-take 54% (S) and 62% (M) of it, at 60 to 80% of the rate of one large product (67 to 87 GFLOP/s). Tried at S, steps in turn with
-the simple version, which stays: bmm + softmax for attention 1.00 x as fast, one matrix for q, k, v and one for the MLP's two 0.97,
-RMSNorm and rotation with backward passes of their own 1.02 and 1.01, all of these 1.07, micro-batches of 4 rows 1.04,
-torch.compile no faster than eager (39 s to compile). Logits are made in slabs of 64 MiB; where they are made again for the
-gradient, beyond 512 MiB, a step of M takes 1.05 times as long. A corpus of 2.4 GB takes 0.96 GB as tokens; of the 398 MB in
-memory 232 were there before, and the order of its documents and where they start are 8 bytes a document each (30ccad8).
+The workload is one that any other trainer can be given: random ids, one document a row, fused AdamW. The last line is
+JSON; ratios measured in turn on one machine count, absolute speeds do not. `gemm_share` is what the step reaches of the
+rate of one large matrix product on the same machine, counting `GPT.training_flops`.
 """
 import argparse
 import itertools
@@ -26,21 +19,21 @@ import os
 import statistics
 import tempfile
 import time
+from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from data.alchemy import prepare
-from data.cache import TokenizedCorpus, survey_source, vocabulary
+from data.cache import TokenizedCorpus, open_source, vocabulary
 from data.layout import TEXT, Layout
 from data.loader import Batch, Position, Recipe, StepBatch, training_batches
-from data.run import Ranks, peak_memory, start_ranks
+from data.run import Ranks, start_ranks
 from data.tokens import tokenizer_of
 from model import GPT, GPTConfig
 from tests.bench_sample import SIZES
-from train import TrainConfig, make_optimizers, train_step
+from train import Forward, TrainConfig, make_optimizers, train_step
 
-ROWS = {"S": (16, 256), "M": (4, 512)}
+ROWS = {"S": (16, 256), "M": (4, 512), "B": (4, 256)}
 
 
 def synchronize(device: torch.device) -> None:
@@ -72,23 +65,22 @@ def step(args, ranks: Ranks) -> dict:
     """Optimizer steps as train.py takes them."""
     rows, length = args.rows or ROWS[args.size][0], args.length or ROWS[args.size][1]
     model = GPT(GPTConfig(context=length, tied=True, embedding_std=0.02, **SIZES[args.size])).to(ranks.device)
-    config = TrainConfig(steps=1000, batch_tokens=rows * length, row_tokens=length, optimizer=args.optimizer, learning_rate=3e-4)
+    config = TrainConfig(steps=1000, batch_tokens=rows * length, row_tokens=length, optimizer=args.optimizer,
+                         learning_rate=3e-4)
     optimizers = make_optimizers(model, config, ranks.device)
-    forward = torch.compile(model) if args.compile else model
-    forward = DistributedDataParallel(forward) if ranks.world > 1 else forward
-    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    forward = Forward(model, args.dtype, args.compile, ranks)
 
     def job():
         ids = torch.randint(model.config.vocab_size, (rows, length))[ranks.rank::ranks.world]
-        batch = StepBatch(Batch(ids, ids, torch.zeros_like(ids), torch.full_like(ids, TEXT)), rows * length, rows * length,
-                          rows * length, 0, Position())
-        train_step(model, forward, optimizers, batch, 0, config, ranks, autocast)
+        batch = Batch(ids, ids, torch.zeros_like(ids), torch.full_like(ids, TEXT))
+        batch = StepBatch(batch, rows * length, rows * length, rows * length, 0, Position())
+        train_step(model, forward, optimizers, batch, 0, config, ranks)
     speeds = [rows * length / seconds for seconds in seconds_of(job, ranks.device, args.repeats)]
     peak = gemm_flops(rows * length // ranks.world, model.config, getattr(torch, args.dtype), ranks.device)
     speed = statistics.median(speeds)
     return dict(tokens_per_second=round(speed, 1), low=round(min(speeds), 1), high=round(max(speeds), 1),
-                gemm_gflops=round(peak / 1e9, 1), gemm_share=round(speed / ranks.world * model.training_flops(length) / peak, 3),
-                memory_gib=round(peak_memory(ranks.device) / 2 ** 30, 2), world=ranks.world)
+                gemm_gflops=round(peak / 1e9, 1), world=ranks.world,
+                gemm_share=round(speed / ranks.world * model.training_flops(length) / peak, 3))
 
 
 def resident_mib() -> int:
@@ -98,7 +90,7 @@ def resident_mib() -> int:
 
 
 def corpus(args, ranks: Ranks) -> dict:
-    """The embedded documents over and over, as a file of so many gigabytes: tokenised, opened again, read for --steps batches."""
+    """The embedded documents over and over, a file of so many gigabytes: tokenised, opened again, read for --steps."""
     with tempfile.TemporaryDirectory() as folder:
         prepare.main(["--out", folder])
         with open(f"{folder}/oracle.jsonl", "rb") as source, open(f"{folder}/large.jsonl", "wb") as file:
@@ -111,13 +103,13 @@ def corpus(args, ranks: Ranks) -> dict:
             nonlocal clock
             report[f"seconds_{name}"], report[f"mib_{name}"] = round(time.perf_counter() - clock, 1), resident_mib()
             clock = time.perf_counter()
-        source = survey_source(f"{folder}/large.jsonl")
+        source = open_source(f"{folder}/large.jsonl")
         lap("survey")
         tokenizer = tokenizer_of(vocabulary(source, "words"), "words")
         lap("vocabulary")
         TokenizedCorpus(source, tokenizer)
         lap("tokenize")
-        documents = TokenizedCorpus(survey_source(f"{folder}/large.jsonl"), tokenizer)
+        documents = TokenizedCorpus(open_source(f"{folder}/large.jsonl"), tokenizer)
         lap("open_again")
         batches, tokens = training_batches(documents, Layout(tokenizer), Recipe(16384, 256), Position(), ranks), 0
         next(batches)
@@ -127,8 +119,9 @@ def corpus(args, ranks: Ranks) -> dict:
             if number % (args.steps // 4) == 0:
                 lap(f"steps_{number}")
         seconds = sum(value for name, value in report.items() if name.startswith("seconds_steps"))
-        on_disk = sum(os.path.getsize(f"{folder}/large.jsonl.tokens/{name}") for name in os.listdir(f"{folder}/large.jsonl.tokens"))
-        return {"documents": len(documents), "tokenised_mb": on_disk // 10 ** 6, "tokens_per_second": round(tokens / seconds)} | report
+        on_disk = sum(path.stat().st_size for path in Path(f"{folder}/large.jsonl.tokens").iterdir())
+        return report | {"documents": len(documents), "tokenised_mb": on_disk // 10 ** 6,
+                         "tokens_per_second": round(tokens / seconds)}
 
 
 def main() -> None:

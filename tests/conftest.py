@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from data.corpus import encode_document
-from data.layout import Layout
+from data.layout import GIVEN, Layout
 from data.run import Ranks
 from data.tokens import Tokenizer, tokenizer_for
 from model import GPT, GPTConfig
@@ -25,9 +25,10 @@ def pytest_collection_modifyitems(items):
 
 def random_model(vocab_size: int, seed: int = 0, **shape) -> GPT:
     """A small model with a head that is not zero, so that its distribution is not uniform."""
-    model = GPT(GPTConfig(**{"vocab_size": vocab_size, "context": 64, "width": 32, "ffn": 48, "heads": 4, "kv_heads": 2, **shape}), seed)
+    small = {"vocab_size": vocab_size, "context": 64, "width": 32, "ffn": 48, "heads": 4, "kv_heads": 2}
+    model, generator = GPT(GPTConfig(**(small | shape)), seed), torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        model.head.weight.copy_(torch.randn(model.head.weight.shape, generator=torch.Generator().manual_seed(seed)) * 0.2)
+        model.head.weight.copy_(torch.randn(model.head.weight.shape, generator=generator) * 0.2)
     return model
 
 
@@ -62,3 +63,11 @@ def alone() -> Ranks:
 def graphs_compiled() -> int:
     """Of this process, by torch.compile, so far."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@torch.no_grad()
+def log_prob_of(model, sequence) -> float:
+    """The log-probability of what is not given in a sequence, from one uncached pass: what the engine is held
+    against."""
+    ids, kinds = torch.tensor([sequence.ids]), torch.tensor([sequence.kinds])
+    return model(ids[:, :-1], ids[:, 1:].where(kinds[:, 1:] != GIVEN, -1)).sum().item()

@@ -71,7 +71,8 @@ def test_a_thought_is_written_and_read(world):
     assert World.write_prefix(ingredients) == "Mix fire, salt and moss; get"
     assert World.read_prefix("Mix fire, salt and moss; get") == ingredients
     assert World.read_thought(thought, ingredients) == path
-    for wrong in ("", " fire salt = lead", " fire moss = lead salt gives gold", thought + " gold", thought.replace("=", "gives")):
+    for wrong in ("", " fire salt = lead", " fire moss = lead salt gives gold", thought + " gold",
+                  thought.replace("=", "gives")):
         assert World.read_thought(wrong, ingredients) is None
 
 
@@ -94,7 +95,8 @@ def test_no_gold_document_touches_a_hidden_fact(corpus):
 
 def test_parts_share_no_prefix(corpus):
     parts, _ = corpus
-    prefixes = {name: {record["chunks"][0]["suffix"] for record in parts[name]} for name in ("gold", "raw", "held_out", "probes")}
+    prefixes = {name: {record["chunks"][0]["suffix"] for record in parts[name]}
+                for name in ("gold", "raw", "held_out", "probes")}
     for one, other in itertools.combinations(("gold", "raw", "held_out"), 2):
         assert not prefixes[one] & prefixes[other]
     assert not prefixes["probes"] & (prefixes["gold"] | prefixes["raw"])
@@ -105,7 +107,8 @@ def test_parts_share_no_prefix(corpus):
 
 def test_raw_documents_show_outcomes_only(corpus):
     parts, _ = corpus
-    assert all(record["chunks"][1]["latent"] is None for name in ("raw", "held_out", "probes") for record in parts[name])
+    assert all(record["chunks"][1]["latent"] is None
+               for name in ("raw", "held_out", "probes") for record in parts[name])
     assert [record["text"] for record in parts["raw"]] == [record["text"] for record in parts["oracle"]]
     assert all(re.fullmatch(r"Mix (\w+, )+\w+ and \w+; get \w+\.", record["text"]) for record in parts["raw"])
 
@@ -116,7 +119,8 @@ def test_half_of_the_held_out_documents_need_a_hidden_fact_and_probes_need_one(c
     for record in parts["probes"]:
         ingredients = World.read_prefix(record["text"])
         facts = world.facts(ingredients[:3], world.states(ingredients[:3]))
-        assert [list(fact) for fact in facts if fact in world.hidden] == [record["fact"]] and record["text"].endswith(f"{record['answer']}.")
+        assert [list(fact) for fact in facts if fact in world.hidden] == [record["fact"]]
+        assert record["text"].endswith(f"{record['answer']}.")
 
 
 def test_the_answer_is_the_outcome_without_failure(corpus):

@@ -12,13 +12,22 @@ import pytest
 import torch
 
 import bolt
-from bolt import BoltConfig, Lab, final_answer, main, open_lab, per_document, thought_quality
+from bolt import BoltConfig, Lab, final_answer, main, open_lab, per_document
+from data.alchemy.claims import thought_quality
 from data.report import per_unit, read_records
 from data.run import Ranks
-from sample_latents import Evidence, places_to_infer
+from sample_latents import places_to_infer
 
-TINY = ["--rounds", "1", "--warm_steps", "6", "--train.steps", "3", "--sample.num_latents", "2", "--bound_draws", "4", "--checks", "2",
-        "--train.model.width", "16", "--train.model.ffn", "16", "--processes", "1", "--device", "cpu"]
+TINY = ["--rounds", "1", "--warm_steps", "6", "--train.steps", "3", "--sample.num_latents", "2", "--bound_draws", "4",
+        "--checks", "2", "--train.model.width", "16", "--train.model.ffn", "16", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process():
+    """Where a test does not ask for two."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bolt, "two_processes", lambda ranks: False)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +48,8 @@ def finished(corpus, tmp_path_factory):
 def test_every_arm_is_in_the_report(finished):
     """One row for each model, floors, and a verdict for every claim, computed."""
     report = (finished / "report.md").read_text()
-    for label in ("warm start", *bolt.ARMS.values()):
-        assert label in report
+    for arm in bolt.ARMS.values():
+        assert arm.label in report
     assert "Guessing from the last ingredient" in report and "An ideal reader" in report
     for claim in ("C1", "C2", "C3", "C4 K = 2 beats K = 1", "C5"):
         assert claim in report
@@ -49,14 +58,15 @@ def test_every_arm_is_in_the_report(finished):
 
 def test_every_model_leaves_its_records(finished):
     names = {str(path.relative_to(finished)) for path in finished.glob("**/ckpt.pt")}
-    assert {"warm/ckpt.pt", "em/round_1/ckpt.pt", "k1/round_1/ckpt.pt", "raw_total/ckpt.pt", "warm_long/ckpt.pt"} <= names
+    assert {"warm/ckpt.pt", "em/round_1/ckpt.pt", "k1/round_1/ckpt.pt", "raw_total/ckpt.pt",
+            "warm_long/ckpt.pt"} <= names
     summary = json.loads((finished / "em" / "round_1" / "step_last.json").read_text())["e_step"]
     assert summary["chunks"] == 30 and summary["sampled_tokens"] > 0
 
 
 def test_baselines_get_the_compute_they_claim(finished):
     """Raw text and the warm start at the FLOPs of the loop spend what the loop spent, up to one step."""
-    records = read_records(str(finished))
+    records, _ = read_records(str(finished))
     loop = records["em/round_1"]["passes"]
     for arm in ("raw_total", "warm_long"):
         assert abs(records[arm]["passes"] / loop - 1) < 0.15
@@ -114,6 +124,16 @@ def test_a_corpus_without_answers_is_measured_in_nats(corpus, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("context, named", [(30, "chunk 1"), (39, "held_out.jsonl")])
+def test_what_would_not_fit_is_said_before_anything_is_trained(corpus, tmp_path, monkeypatch, context, named):
+    """An E-step that has no room, and an evaluation that has none: no folder of a model is made."""
+    monkeypatch.setattr(bolt, "train", lambda *arguments, **named: pytest.fail("something was trained"))
+    with pytest.raises(ValueError, match=f"{named}.*exceeds the context of {context}"):
+        main(["--data", str(corpus), "--out", str(tmp_path / "run"), *TINY, "--train.model.context", str(context),
+              "--train.row_tokens", "16", "--train.batch_tokens", "16", "--sample.max_latent_tokens", "20"])
+    assert not (tmp_path / "run").exists()
+
+
 def test_unknown_arms_are_named(tmp_path):
     with pytest.raises(ValueError, match="--arms emm"):
         main(["--arms", "emm", "--out", str(tmp_path / "x")])
@@ -147,7 +167,8 @@ def test_thoughts_drawn_from_the_exact_posterior_are_near_it(lab):
             latents.append([lab.tokenizer.encode(lab.world.write_thought(ingredients, path)) for path in paths])
             rows.append([lab.world.log_joint(ingredients, path) for path in paths])
     log_joint = torch.tensor(rows)
-    quality = thought_quality(lab, places, Evidence(latents, log_joint, torch.zeros_like(log_joint), {}))
+    thoughts = [[lab.tokenizer.decode(ids) for ids in one] for one in latents]
+    quality = thought_quality(lab.world, places, thoughts, log_joint.softmax(-1).tolist())
     assert quality["distance_after"] == pytest.approx(0.0, abs=1e-5) and quality["distance_before"] > 0.3
     assert quality["valid_after"] > quality["valid_before"]
 
@@ -156,7 +177,7 @@ def test_thoughts_drawn_from_the_exact_posterior_are_near_it(lab):
 def test_kill_minus_9_takes_the_second_process_along_and_the_same_command_continues(corpus, finished, tmp_path):
     """Killed once the warm start is there; started again, it ends with the figures of a run that was never stopped."""
     out, root = tmp_path / "killed", os.path.dirname(bolt.__file__)
-    command = [sys.executable, "bolt.py", "--data", str(corpus), "--out", str(out), "--arms", "study", *TINY, "--processes", "2"]
+    command = [sys.executable, "bolt.py", "--data", str(corpus), "--out", str(out), "--arms", "study", *TINY]
     process = subprocess.Popen(command, cwd=root)
     while not (out / "warm" / "ckpt.pt").exists():
         assert process.poll() is None
@@ -168,9 +189,10 @@ def test_kill_minus_9_takes_the_second_process_along_and_the_same_command_contin
 
 
 @pytest.mark.slow
-def test_the_second_process_gives_the_same_figures(corpus, finished, tmp_path):
+def test_the_second_process_gives_the_same_figures(corpus, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(bolt, "two_processes", lambda ranks: True)
     out = tmp_path / "two"
-    main(["--data", str(corpus), "--out", str(out), "--arms", "study", *TINY, "--processes", "2"])
+    main(["--data", str(corpus), "--out", str(out), "--arms", "study", *TINY])
     for path in finished.glob("**/step_*.json"):
         assert path.read_text() == (out / path.relative_to(finished)).read_text()
 

@@ -1,11 +1,12 @@
-"""Laws of cache.py: a tokenised corpus holds the documents of its file, is made once, and is never taken for another."""
+"""Laws of cache.py: a tokenised corpus holds the documents of its file, is made once, and is never taken for
+another."""
 import json
 import os
 
 import pytest
 
 from data import cache
-from data.cache import TokenizedCorpus, from_bytes, survey_source, to_bytes, vocabulary
+from data.cache import TokenizedCorpus, from_numbers, open_source, to_numbers, vocabulary
 from data.corpus import encode_corpus, read_corpus, texts_of
 from data.tokens import tokenizer_for
 from tests.conftest import RECORDS
@@ -28,11 +29,10 @@ def records(corpus):
     return read_corpus(corpus)
 
 
-def test_a_document_comes_back_from_its_bytes(records, tokenizer):
+def test_a_document_comes_back_from_its_numbers(records, tokenizer):
     """Given chunks, empty latents, no latents, and all draws with their weights."""
-    for id_type in (cache.np.uint16, cache.np.uint32):
-        for document in encode_corpus(records[:6], wide(records)):
-            assert from_bytes(document.index, to_bytes(document, id_type), id_type) == document
+    for document in encode_corpus(records[:6], wide(records)):
+        assert from_numbers(document.index, to_numbers(document).tolist()) == document
 
 
 def wide(records):
@@ -43,8 +43,8 @@ def wide(records):
 def test_a_tokenised_corpus_has_the_documents_of_its_file(corpus, records, monkeypatch, part_bytes):
     """In one part, and in several that are shared among processes."""
     monkeypatch.setattr(cache, "PART_BYTES", part_bytes)
-    source = survey_source(corpus)
-    assert (len(source.parts) > 1) == (part_bytes == 300)
+    source = open_source(corpus)
+    assert (len(list(cache.parts_of(corpus))) > 1) == (part_bytes == 300)
     assert vocabulary(source, "words") == set(tokenizer_for(texts_of(records, "words"), "words").tokens)
     tokenized, expected = TokenizedCorpus(source, wide(records)), encode_corpus(records, wide(records))
     assert len(tokenized) == len(expected) and list(tokenized) == expected
@@ -54,34 +54,35 @@ def test_a_tokenised_corpus_has_the_documents_of_its_file(corpus, records, monke
 def test_it_is_made_once_and_anew_where_anything_changes(corpus, records, monkeypatch):
     """The corpus, the vocabulary, or the code that splits and encodes."""
     tokenizer = wide(records)
-    TokenizedCorpus(survey_source(corpus), tokenizer)
+    TokenizedCorpus(open_source(corpus), tokenizer)
     monkeypatch.setattr(cache, "tokenize_part", None)           # nobody may tokenise
-    assert len(TokenizedCorpus(survey_source(corpus), tokenizer)) == len(records)
+    assert len(TokenizedCorpus(open_source(corpus), tokenizer)) == len(records)
     with pytest.raises(TypeError):
-        TokenizedCorpus(survey_source(corpus), tokenizer_for(["z"], "words"))
-    monkeypatch.setattr(cache, "CODE", cache.hashlib.sha256(b"other"))
+        TokenizedCorpus(open_source(corpus), tokenizer_for(["z"], "words"))
+    monkeypatch.setattr(cache, "CODE", "other")
     with pytest.raises(TypeError):
-        TokenizedCorpus(survey_source(corpus), tokenizer)
+        TokenizedCorpus(open_source(corpus), tokenizer)
     monkeypatch.undo()
     with open(corpus, "a") as file:
         file.write(json.dumps(RECORDS[2]) + "\n")
-    assert len(TokenizedCorpus(survey_source(corpus), tokenizer)) == len(records) + 1
+    assert len(TokenizedCorpus(open_source(corpus), tokenizer)) == len(records) + 1
 
 
-def test_a_corpus_in_a_folder_that_cannot_be_written_has_its_files_among_the_temporary_ones(corpus, records, monkeypatch, tmp_path):
+def test_a_corpus_in_a_folder_that_cannot_be_written_has_its_files_among_the_temporary_ones(
+        corpus, records, monkeypatch, tmp_path):
     """But what lies beside it is used."""
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     monkeypatch.setattr(cache.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
-    assert len(TokenizedCorpus(survey_source(corpus), wide(records))) == len(records)
+    assert len(TokenizedCorpus(open_source(corpus), wide(records))) == len(records)
     assert not os.path.exists(f"{corpus}.tokens") and (tmp_path / "temporary" / "corpus.jsonl.tokens").exists()
     os.rename(tmp_path / "temporary" / "corpus.jsonl.tokens", f"{corpus}.tokens")
     monkeypatch.setattr(cache, "tokenize_part", None)           # nobody may tokenise
-    assert len(TokenizedCorpus(survey_source(corpus), wide(records))) == len(records)
+    assert len(TokenizedCorpus(open_source(corpus), wide(records))) == len(records)
 
 
 def test_what_a_killed_or_a_second_process_left_does_not_count(corpus, records, monkeypatch):
-    source = survey_source(corpus)
+    source = open_source(corpus)
     monkeypatch.setattr(os, "replace", lambda *paths: None)       # killed before the first rename
     with pytest.raises(FileNotFoundError):
         TokenizedCorpus(source, wide(records))
@@ -98,4 +99,4 @@ def test_a_bad_line_is_named(corpus, records, monkeypatch, part_bytes):
         file.write('{"text": 3}\n')
     for job in (lambda source: vocabulary(source, "words"), lambda source: TokenizedCorpus(source, wide(records))):
         with pytest.raises(ValueError, match=f"corpus.jsonl:{len(records) + 1}: a document needs"):
-            job(survey_source(corpus))
+            job(open_source(corpus))

@@ -8,9 +8,11 @@ from data.gsm8k.prepare import main, write_document
 PROBLEMS = [
     {"question": "Ann has 48 clips. She sells half, then 5 more. How many did she sell?",
      "answer": "Half of them are 48/2 = <<48/2=24>>24 clips.\nSo she sold 24 + 5 = <<24+5=29>>29 clips.\n#### 29"},
-    {"question": "Bob earns $12 an hour. What does he earn in 2 hours?", "answer": "He earns 12 x 2 = $<<12*2=24>>24.\n#### 24"},
+    {"question": "Bob earns $12 an hour. What does he earn in 2 hours?",
+     "answer": "He earns 12 x 2 = $<<12*2=24>>24.\n#### 24"},
     {"question": "Cy reads 12 pages. Then twice as many. Then 3 more. How many in all?",
-     "answer": "He read 12 x 2 = <<12*2=24>>24 pages then. With the first that is 24 + 12 = 36.\nIn all he read 36 + 3 = 39.\n#### 39"},
+     "answer": "He read 12 x 2 = <<12*2=24>>24 pages then. With the first that is 24 + 12 = 36.\n"
+               "In all he read 36 + 3 = 39.\n#### 39"},
 ]
 
 
@@ -18,7 +20,8 @@ def test_the_last_sentence_and_the_answer_are_the_suffix_and_the_rest_is_the_tho
     document = write_document(PROBLEMS[0], thought=True)
     question, solution = document["chunks"]
     assert question == {"suffix": PROBLEMS[0]["question"] + "\n", "given": True}
-    assert solution == {"latent": "Half of them are 48/2 = 24 clips.", "suffix": "So she sold 24 + 5 = 29 clips.\n#### 29"}
+    assert solution == {"latent": "Half of them are 48/2 = 24 clips.",
+                        "suffix": "So she sold 24 + 5 = 29 clips.\n#### 29"}
     assert document["answer"] == "29" and document["text"] == question["suffix"] + solution["suffix"]
 
 
@@ -29,13 +32,15 @@ def test_a_raw_document_holds_nothing_else_of_the_solution():
 
 
 def test_a_solution_of_one_sentence_has_an_empty_thought():
-    assert write_document(PROBLEMS[1], thought=True)["chunks"][1] == {"latent": "", "suffix": "He earns 12 x 2 = $24.\n#### 24"}
+    solution = write_document(PROBLEMS[1], thought=True)["chunks"][1]
+    assert solution == {"latent": "", "suffix": "He earns 12 x 2 = $24.\n#### 24"}
 
 
 def test_prepare_writes_disjoint_parts_that_do_not_depend_on_the_order_of_the_file(tmp_path):
     for name, problems in (("one", PROBLEMS), ("two", PROBLEMS[::-1])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(p) + "\n" for p in problems))
-        main(["--source", str(tmp_path / f"{name}.jsonl"), "--out", str(tmp_path / name), "--gold", "1", "--raw", "1", "--held_out", "1"])
+        main(["--source", str(tmp_path / f"{name}.jsonl"), "--out", str(tmp_path / name),
+              "--gold", "1", "--raw", "1", "--held_out", "1"])
     parts = {part: (tmp_path / "one" / f"{part}.jsonl").read_text() for part in ("gold", "raw", "held_out", "oracle")}
     assert parts == {part: (tmp_path / "two" / f"{part}.jsonl").read_text() for part in parts}
     texts = [json.loads(parts[part])["text"] for part in ("gold", "raw", "held_out")]

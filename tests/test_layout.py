@@ -3,8 +3,8 @@ import random
 
 import pytest
 
-from data.corpus import (check_record, CHUNK_TOKENS, encode_document, read_corpus, split_into_chunks, split_into_sentences,
-                         texts_of)
+from data.corpus import (check_record, CHUNK_TOKENS, encode_document, read_corpus, split_into_chunks,
+                         split_into_sentences, texts_of)
 from data.layout import GIVEN, LATENT, MARKER, TEXT, Layout
 from data.tokens import Tokenizer, tokenizer_for
 
@@ -45,7 +45,8 @@ def test_sampling_and_scoring_condition_on_the_same_context(layout, documents):
 
 
 def test_training_sampling_and_scoring_see_the_same_ids(layout, documents):
-    """For a document with one latent chunk, the training sequence starts with exactly what is sampled from or scored."""
+    """For a document with one latent chunk, the training sequence starts with exactly what is sampled from or
+    scored."""
     document = documents[0]
     posterior = layout.document(document, [False, False]).ids
     prior = layout.document(document, [False, True]).ids
@@ -92,8 +93,8 @@ def test_sampled_ids_are_used_as_they_are():
     assert encode_document(0, {"text": "a", "chunks": [chunk]}, tokenizer).chunks[0].latent == [1, 2]
 
 
-STRINGS = ["", "One. Two! Three?", "no full stop", "a\r\n\r\nb\n\n\nc  ", "Dr. No met Mrs. Smith. \"Hi!\" he said.", "  lead", "...\n",
-           "x" * 500, "e.g. this, i.e. that. The end.", "Ünï. Çödé. 漢字。終わり"]
+STRINGS = ["", "One. Two! Three?", "no full stop", "a\r\n\r\nb\n\n\nc  ", "Dr. No met Mrs. Smith. \"Hi!\" he said.",
+           "  lead", "...\n", "x" * 500, "e.g. this, i.e. that. The end.", "Ünï. Çödé. 漢字。終わり"]
 
 
 @pytest.mark.parametrize("text", STRINGS)
@@ -139,7 +140,8 @@ def test_ids_of_another_vocabulary_are_refused(tokenizer):
 
 @pytest.mark.parametrize("line, complaint", [
     ("{", "corpus.jsonl:2"), ("[1]", '"text"'), ('{"text": 3}', '"text"'),
-    ('{"text": "ab", "chunks": [{"suffix": "a"}]}', "add up"), ('{"text": "a", "chunks": [{"suffix": "a", "latent": 4}]}', "latent")])
+    ('{"text": "ab", "chunks": [{"suffix": "a"}]}', "add up"),
+    ('{"text": "a", "chunks": [{"suffix": "a", "latent": 4}]}', "latent")])
 def test_a_bad_line_is_named_with_file_and_number(tmp_path, line, complaint):
     path = tmp_path / "corpus.jsonl"
     path.write_text('{"text": "fine"}\n' + line + "\n")
@@ -149,7 +151,8 @@ def test_a_bad_line_is_named_with_file_and_number(tmp_path, line, complaint):
 
 
 def test_the_keys_of_the_official_dataset_are_read_as_they_are():
-    record = {"text": "ab", "chunks": [{"suffix": "a", "latent": "why", "other": 1}, {"suffix": "b", "latent": None}], "url": "x"}
+    chunks = [{"suffix": "a", "latent": "why", "other": 1}, {"suffix": "b", "latent": None}]
+    record = {"text": "ab", "chunks": chunks, "url": "x"}
     assert check_record(record) == record
 
 

@@ -8,11 +8,10 @@ import torch
 from data.alchemy import prepare
 from data.corpus import Chunk, Document, encode_corpus, read_corpus, texts_of
 from data.layout import GIVEN, LATENT, TEXT, Layout, Sequence
-from data.loader import (GROUP, Position, Recipe, collate, deal, epoch_rows, lay_out, length_batches, pack, packed_rows, score_sequences,
+from data.loader import (GROUP, Position, Recipe, collate, deal, epoch_rows, lay_out, pack, packed_rows,
                          training_batches, windows)
 from data.run import Ranks
 from data.tokens import BOS, EOS, POST, PRIOR, tokenizer_for
-from tests.conftest import random_model
 
 
 def sequence(n, start=0):
@@ -59,7 +58,8 @@ def test_given_tokens_are_no_targets(alone):
     rows = [[Sequence([7, 8, 9], [GIVEN, GIVEN, TEXT])]]
     batch, step = collate(rows, 4), deal(rows, 4, Position(), alone)
     assert batch.ids.tolist() == [[7, 8, 0, 0]] and batch.targets.tolist() == [[-1, 9, -1, -1]]
-    assert batch.document.tolist() == [[0, 0, -1, -1]] and step.num_targets == step.num_observed == 1 and step.num_tokens == 2
+    assert batch.document.tolist() == [[0, 0, -1, -1]]
+    assert step.num_targets == step.num_observed == 1 and step.num_tokens == 2
 
 
 def epoch_of(documents, layout, recipe, epoch=0):
@@ -89,22 +89,27 @@ def test_an_epoch_has_every_document_once(layout):
     whole = collate(rows[:4], 16)
     for rank, part in enumerate(parts):
         dealt = len(whole.ids[rank::3])
-        assert torch.equal(part.mine.ids[:dealt], whole.ids[rank::3]) and part.num_tokens == int((whole.document >= 0).sum())
+        assert torch.equal(part.mine.ids[:dealt], whole.ids[rank::3])
+        assert part.num_tokens == int((whole.document >= 0).sum())
         assert len(part.mine.ids) == 2 and part.mine.targets[dealt:].eq(-1).all()
-        assert part.num_targets == int((whole.targets >= 0).sum()) and part.num_observed == int((whole.kinds == TEXT).sum())
+        assert part.num_targets == int((whole.targets >= 0).sum())
+        assert part.num_observed == int((whole.kinds == TEXT).sum())
 
 
 def test_the_layouts_of_training(documents, layout):
-    """joint has both forms, prior and posterior one each, raw no thought, latent_only nothing else; raw_mix some of raw."""
+    """joint has both forms, prior and posterior one each, raw no thought, latent_only nothing else; raw_mix some of
+    raw."""
     def forms(**settings):
         rows = [row for epoch in range(20) for row in epoch_of(documents, layout, Recipe(64, 64, **settings), epoch)]
         spelled = [layout.tokenizer.decode(ids) for ids in ids_of(rows)]
-        return {name for name, marker in (("prior", PRIOR), ("posterior", POST)) if any(marker in text for text in spelled)}, set(spelled)
+        markers = (("prior", PRIOR), ("posterior", POST))
+        return {name for name, marker in markers if any(marker in text for text in spelled)}, set(spelled)
     assert forms()[0] == {"prior", "posterior"}
     assert forms(layout="prior")[0] == {"prior"} and forms(layout="posterior")[0] == {"posterior"}
     assert forms(layout="raw") == (set(), {f"{BOS}{text}{EOS}" for text in ("a b c", "a a c d", "b d", "a e b c c")})
     assert forms(layout="latent_only") == (set(), {f"{BOS} d e{EOS}", f"{BOS} b{EOS}", f"{BOS}{EOS}"})
-    mixed = [ids for epoch in range(200) for ids in ids_of(epoch_of(documents, layout, Recipe(64, 64, raw_mix=0.25), epoch))]
+    mixed = [ids for epoch in range(200)
+             for ids in ids_of(epoch_of(documents, layout, Recipe(64, 64, raw_mix=0.25), epoch))]
     plain = sum(layout.sol not in ids for ids in mixed)                      # one document of the four always is
     assert abs(plain / 800 - (0.25 + 0.75 * 0.25)) < 0.06
 
@@ -120,24 +125,6 @@ def test_training_can_go_on_from_any_position(layout):
         assert torch.equal(again.mine.ids, whole[step + 1].mine.ids) and again.position == whole[step + 1].position
     other = next(training_batches(documents, layout, replace(recipe, seed=6), Position(), alone))
     assert not torch.equal(whole[0].mine.ids, other.mine.ids)
-
-
-def test_scoring_in_batches_equals_scoring_one_by_one(layout):
-    """Batching by length changes nothing, whatever the token budget."""
-    model = random_model(layout.tokenizer.vocab_size)
-    ids = torch.randint(0, 5, (30,), generator=torch.Generator().manual_seed(0)).tolist()
-    sequences = [Sequence(ids[:n], [GIVEN] * 2 + [TEXT] * (n - 2)) for n in (4, 9, 3, 20, 9, 15)]
-    expected = torch.stack([model(torch.tensor([s.ids[:-1]]), torch.tensor([s.ids[1:]]))[0, 1:].sum() for s in sequences])
-    for budget in (1, 25, 1000):
-        torch.testing.assert_close(score_sequences(model, sequences, budget), expected.detach())
-
-
-def test_length_batches_hold_everything_once_within_the_budget():
-    """Longest first, an eighth padding at most, and as many tokens as fit; one thing that is too long stands alone."""
-    lengths = [4, 9, 3, 20, 9, 15, 8]
-    assert list(length_batches(lengths, 25)) == [[3], [5], [1, 4], [6], [0], [2]]
-    assert list(length_batches(lengths, 27)) == [[3], [5], [1, 4, 6], [0], [2]]
-    assert list(length_batches(lengths, 1)) == [[3], [5], [1], [4], [6], [0], [2]]
 
 
 def test_one_of_several_thoughts_is_picked_by_weight_afresh_each_epoch(layout):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import model as gpt
-from model import GPT, Branches, DecodingBranches, GPTConfig, Prompts, load_checkpoint, packed_mask, save_checkpoint
+from model import GPT, Branches, GPTConfig, Prompts, packed_mask, read_checkpoint, restore, save_checkpoint
 from tests.conftest import graphs_compiled, random_model
 
 V = 11
@@ -41,9 +41,9 @@ def prompts_of(model, ids, lengths):
     return prompts
 
 
-def continue_at_once(model, branches, ids):
-    T = ids.shape[1]
-    branches.place(torch.arange(T).expand(ids.shape), T, int(branches.starts.max()))
+def read(model, branches, ids, slot=0, own_slots=None):
+    """The hidden states of the next tokens of every row."""
+    branches.at(torch.tensor([slot]), ids.shape[1], own_slots or slot + ids.shape[1])
     return model.hidden(ids, cache=branches)
 
 
@@ -52,57 +52,49 @@ def test_cached_equals_uncached_at_every_split(split):
     """A prompt through the cache, then the rest, token by token or at once, gives the hidden states of one pass."""
     model, ids = random_model(V), ids_of(2, 12)
     whole, prompts = model.hidden(ids), prompts_of(model, ids, [split, split])
-    at_once, stepwise = Branches(prompts), DecodingBranches(prompts, 2, 12)
+    at_once, stepwise = Branches(prompts, 2), Branches(prompts, 2, slots=12)
     for branches in (at_once, stepwise):
-        branches.arrange(np.array([0, 1]))
-    torch.testing.assert_close(continue_at_once(model, at_once, ids[:, split:]), whole[:, split:])
+        branches.group(np.array([0, 1]), split)
+    torch.testing.assert_close(read(model, at_once, ids[:, split:]), whole[:, split:])
     for t in range(split, 12):
-        stepwise.place(torch.full((2, 1), t - split), t - split + 1, split)
-        torch.testing.assert_close(model.hidden(ids[:, t:t + 1], cache=stepwise), whole[:, t:t + 1])
+        torch.testing.assert_close(read(model, stepwise, ids[:, t:t + 1], t - split), whole[:, t:t + 1])
 
 
-@pytest.mark.parametrize("prompt_of", [[0, 1, 2], [2, 2, 0, 2, 0], [1], [2, 1, 1, 1]])
-def test_ragged_branches_equal_one_row_at_a_time(prompt_of):
-    """Prompts of different lengths with any number of rows each, rows of different ages: each decodes as if alone."""
-    model, lengths, rows = random_model(V), [3, 7, 5], len(prompt_of)
+@pytest.mark.parametrize("owner", [[0, 1, 2], [2, 2, 0, 2, 0], [1], [2, 1, 1, 1]])
+@pytest.mark.parametrize("shape", [None, (3, 4)])
+def test_ragged_branches_equal_one_row_at_a_time(owner, shape):
+    """Prompts of different lengths with any number of rows each, read in one shape or another: each row as if alone."""
+    model, lengths, rows = random_model(V), [3, 7, 5], len(owner)
     ids, new = ids_of(3, 7), ids_of(rows, 4, seed=2)
-    branches = DecodingBranches(prompts_of(model, ids, lengths), 6, 9)
-    branches.arrange(np.array(prompt_of))
-    old = torch.arange(rows) % 2 * 2                # every second row has drawn two tokens before
-    for t in range(2):
-        branches.place(torch.full((rows, 1), t), 2, 7)
-        model.hidden(new[:, t:t + 1], cache=branches)
-    for t in range(2):
-        age = old + t
-        branches.place(age[:, None], int(age.max()) + 1, 7)
-        step = model.hidden(new[torch.arange(rows), age][:, None], cache=branches)
-        for row, n in enumerate(prompt_of):
-            alone = model.hidden(torch.cat([ids[n, :lengths[n]], new[row, :int(age[row]) + 1]])[None])
+    branches = Branches(prompts_of(model, ids, lengths), 6, slots=9)
+    branches.group(np.array(owner), 7, shape)
+    for t in range(4):
+        step = read(model, branches, new[:, t:t + 1], t, own_slots=(t + 1, 9)[t % 2])
+        for row, n in enumerate(owner):
+            alone = model.hidden(torch.cat([ids[n, :lengths[n]], new[row, :t + 1]])[None])
             torch.testing.assert_close(step[row, 0], alone[0, -1])
 
 
-def test_copied_prompts_and_moved_rows_continue_like_their_source():
-    """What a slot needs when it is refilled or closed: a prompt in another seat, a row in another place, more seats."""
-    model, ids, new = random_model(V), ids_of(2, 6), ids_of(2, 2, seed=3)
-    prompts = prompts_of(model, ids, [6, 4])
-    seats = Prompts(model.config, 1, 8, "cpu", torch.float32)
-    seats.grow()
-    seats.copy(1, prompts, 0)
-    seats.copy(0, prompts, 1)
-    branches = DecodingBranches(seats, 3, 3)
-    branches.arrange(np.array([0, 0, 1]))
-    branches.place(torch.zeros(3, 1, dtype=torch.long), 1, 6)
-    model.hidden(new[[0, 0, 1], :1], cache=branches)
-    branches.move([0], [2])
-    branches.arrange(np.array([1, 0]))
-    branches.place(torch.ones(2, 1, dtype=torch.long), 2, 6)
-    step = model.hidden(new[[1, 0], 1:], cache=branches)
-    torch.testing.assert_close(step[0, 0], model.hidden(torch.cat([ids[0], new[1]])[None])[0, -1])
-    torch.testing.assert_close(step[1, 0], model.hidden(torch.cat([ids[1, :4], new[0]])[None])[0, -1])
+@pytest.mark.parametrize("alive", [[1, 1, 0, 1, 1], [0, 0, 0, 1, 1], [0, 1, 0, 0, 0], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+def test_rows_that_are_kept_go_on_as_if_the_others_had_never_been(alive):
+    """Rows from the end move up into the gaps, and `keep` says which row each place has now."""
+    model, owner, lengths = random_model(V), np.array([0, 0, 1, 1, 1]), [6, 4]
+    ids, new = ids_of(2, 6), ids_of(5, 3, seed=3)
+    branches = Branches(prompts_of(model, ids, lengths), 5, slots=3)
+    branches.group(owner, 6)
+    read(model, branches, new[:, :1])
+    order = branches.keep(np.array(alive, bool))
+    assert sorted(order) == list(np.flatnonzero(alive))
+    for t in (1, 2):
+        step = read(model, branches, new[order, t:t + 1], t)
+        for place, row in enumerate(order):
+            alone = model.hidden(torch.cat([ids[owner[row], :lengths[owner[row]]], new[row, :t + 1]])[None])
+            torch.testing.assert_close(step[place, 0], alone[0, -1])
 
 
 def test_log_probs_and_gradients_do_not_depend_on_the_slab(monkeypatch):
-    """Logits made a few positions at a time, and again for the gradient, are those made at once; no target, no logits."""
+    """Logits made a few positions at a time, and again for the gradient, are those made at once; no target, no
+    logits."""
     network, ids = random_model(V), ids_of(3, 9)
     targets = ids.clone()
     targets[0, 2:5] = -1
@@ -160,7 +152,8 @@ def test_attention_by_blocks_gives_the_numbers_of_the_mask(monkeypatch):
 
 
 def test_training_compiles_into_one_graph():
-    """Loss and gradients of the compiled model are the eager ones; other documents of the same shape compile nothing."""
+    """Loss and gradients of the compiled model are the eager ones; other documents of the same shape compile
+    nothing."""
     model, compiled_model = random_model(V, context=200), random_model(V, context=200)
     compiled = torch.compile(compiled_model, backend="aot_eager", fullgraph=True)
     graphs = []
@@ -179,18 +172,35 @@ def test_weights_are_a_function_of_the_seed():
     assert not torch.equal(one.embedding.weight, other.embedding.weight)
 
 
-def test_checkpoint_comes_back_whole(tmp_path):
-    """Weights, config and state survive; what is no checkpoint is refused in one line."""
-    model, path = random_model(V), str(tmp_path / "ckpt.pt")
+@pytest.mark.parametrize("tied", [False, True])
+def test_checkpoint_comes_back_whole(tmp_path, tied):
+    """Weights, config and state survive, tied weights are one; what is no checkpoint is refused in one line."""
+    model, path = random_model(V, tied=tied), str(tmp_path / "ckpt.pt")
     save_checkpoint(path, model, step=7)
-    loaded, state = load_checkpoint(path)
-    assert loaded.config == model.config and state == {"step": 7} and not (tmp_path / "ckpt.pt.tmp").exists()
+    state = read_checkpoint(path)
+    loaded = restore(state)
+    assert loaded.config == model.config and state["step"] == 7 and not (tmp_path / "ckpt.pt.tmp").exists()
+    assert (loaded.head.weight is loaded.embedding.weight) == tied
+    assert len(list(loaded.parameters())) == len(list(model.parameters()))
     torch.testing.assert_close(loaded(ids_of(1, 4), ids_of(1, 4)), model(ids_of(1, 4), ids_of(1, 4)))
     (tmp_path / "half.pt").write_bytes((tmp_path / "ckpt.pt").read_bytes()[:1000])
     with pytest.raises(ValueError, match="not a whole checkpoint"):
-        load_checkpoint(str(tmp_path / "half.pt"))
+        read_checkpoint(str(tmp_path / "half.pt"))
     with pytest.raises(FileNotFoundError, match="python train.py"):
-        load_checkpoint(str(tmp_path / "none.pt"))
+        read_checkpoint(str(tmp_path / "none.pt"))
+
+
+def test_a_checkpoint_is_loaded_without_making_weights_first(tmp_path, monkeypatch):
+    """No random numbers are drawn, and training the loaded model leaves the file as it is."""
+    path = tmp_path / "ckpt.pt"
+    save_checkpoint(str(path), random_model(V))
+    before = path.read_bytes()
+    monkeypatch.setattr(GPT, "initialize", lambda *arguments: pytest.fail("weights were made"))
+    monkeypatch.setattr(torch, "randn", lambda *arguments, **named: pytest.fail("random numbers were drawn"))
+    model = restore(read_checkpoint(str(path)))
+    model(ids_of(1, 4), ids_of(1, 4)).sum().backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    assert path.read_bytes() == before and all(weight.device.type == "cpu" for weight in model.parameters())
 
 
 def test_a_shape_that_does_not_fit_is_refused():

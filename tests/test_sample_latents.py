@@ -1,4 +1,5 @@
-"""Laws of sample_latents.py: the estimator by exact enumeration, the sampler against one row at a time, the E-step's file.
+"""Laws of sample_latents.py: the estimator by exact enumeration, the sampler against one row at a time, the E-step's
+file.
 
 The enumerable world: three words and six markers, of which only the words and EOL can be drawn, so that all thoughts of
 up to two words can be listed with their exact probabilities.
@@ -19,15 +20,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sample_latents
 from data.corpus import encode_document, read_corpus
-from data.layout import GIVEN, Layout
-from data.loader import score_sequences
+from data.layout import GIVEN, TEXT, Layout, Sequence
 from data.run import Ranks
 from data.tokens import tokenizer_for
-from model import Prompts, load_checkpoint, save_checkpoint
-from sample_latents import (SampleConfig, annotate, at_precision, effective_sample_size, e_step, generate, importance_bound, infer,
-                            inverse_cdf, documents_of_blocks, latent_uniforms, log_importance_weights, main, places_to_infer,
-                            proposal_log_probs, propose, resample, score_joint, summarize, uniform_numbers, vocabulary_mask)
-from tests.conftest import graphs_compiled, random_model
+from model import read_checkpoint, restore, save_checkpoint
+from sample_latents import (SampleConfig, annotate, at_precision, effective_sample_size, e_step, figures_of, generate,
+                            importance_bound, infer, inverse_cdf, latent_uniforms, length_batches,
+                            log_importance_weights, main, places_to_infer, proposal_log_probs, propose, resample, score,
+                            score_joint, sums_of, survey, uniform_numbers, vocabulary_mask)
+from tests.conftest import log_prob_of, random_model
 
 CAP = 3        # max_latent_tokens of the enumerated world: thoughts of 0, 1 or 2 words finish, others do not
 
@@ -38,18 +39,18 @@ def small():
     tokenizer = tokenizer_for([" a b c"], "words")
     layout = Layout(tokenizer)
     record = {"text": " a b c", "chunks": [{"suffix": " a b", "given": True}, {"suffix": " c"}]}
-    return random_model(tokenizer.vocab_size, seed=3, heads=4, kv_heads=4), layout, (encode_document(0, record, tokenizer), 1)
+    model = random_model(tokenizer.vocab_size, seed=3, heads=4, kv_heads=4)
+    return model, layout, (encode_document(0, record, tokenizer), 1)
 
 
 def enumerate_thoughts(model, layout, place, temperature):
-    """Every finished thought with its exact log p(z, x | C) and log q(z | x, C), each from one uncached forward pass."""
+    """Every finished thought with its exact log p(z, x | C) and log q(z | x, C), each from one uncached forward
+    pass."""
     others = [i for i in layout.tokenizer.marker.values() if i != layout.eol]
     banned, table = vocabulary_mask(model, others), []
     for length in range(CAP):
         for thought in itertools.product(range(3), repeat=length):
-            joint = layout.joint(*place, list(thought))
-            ids, kinds = torch.tensor(joint.ids), torch.tensor(joint.kinds)
-            log_p = model(ids[None, :-1], ids[None, 1:].where(kinds[1:] != GIVEN, -1)).sum().item()
+            log_p = log_prob_of(model, layout.joint(*place, list(thought)))
             drawn = [*thought, layout.eol]
             prompt = layout.posterior_prompt(*place)
             logits = model.logits(model.hidden(torch.tensor([prompt + drawn[:-1]])))[0, len(prompt) - 1:]
@@ -62,14 +63,14 @@ def infer_many(small, temperature, chunks, draws):
     """`chunks` copies of the chunk with `draws` thoughts each, all with random numbers of their own."""
     model, layout, (document, c) = small
     places = [(type(document)(i, document.chunks, document.record), c) for i in range(chunks)]
-    config = SampleConfig(num_latents=draws, temperature=temperature, max_latent_tokens=CAP, slots=64)
+    config = SampleConfig(num_latents=draws, temperature=temperature, max_latent_tokens=CAP, rows=64)
     return infer(model, layout, places, config, round=1)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.5])
 def test_the_mean_weight_is_the_evidence(small, temperature):
-    """E_q[p(z, x) / q(z | x)] is the sum of p(z, x) over the thoughts within the cap, at any temperature of the proposal;
-    unfinished draws count with weight zero."""
+    """E_q[p(z, x) / q(z | x)] is the sum of p(z, x) over the thoughts within the cap, at any temperature of the
+    proposal; unfinished draws count with weight zero."""
     evidence = infer_many(small, temperature, chunks=300, draws=40)
     exact = math.log(sum(math.exp(log_p) for _, log_p, _ in enumerate_thoughts(*small, temperature)))
     weights = evidence.log_weights.exp().flatten()
@@ -80,8 +81,9 @@ def test_the_mean_weight_is_the_evidence(small, temperature):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_joint_and_proposal_of_every_draw_are_the_enumerated_ones(small, temperature):
-    """Cached, batched, in slots: each draw has the log p and log q of an uncached pass; EOL counts once on each side."""
-    evidence = infer_many(small, temperature, chunks=20, draws=8)
+    """Cached, batched, in lock-step: each draw has the log p and log q of an uncached pass; EOL counts once on each
+    side."""
+    evidence = infer_many(small, temperature, chunks=60, draws=8)
     exact = {thought: (log_p, log_q) for thought, log_p, log_q in enumerate_thoughts(*small, temperature)}
     seen = set()
     for n, latents in enumerate(evidence.latents):
@@ -152,22 +154,40 @@ def test_the_estimator_on_numbers_worked_by_hand():
         log_importance_weights(log_joint, log_proposal[:, :2])
 
 
+LARGEST = 1 - 2 ** -53       # of the uniform numbers
+
+
 def test_an_id_of_probability_zero_is_never_picked():
     """Banned ids at either end of the vocabulary, and the largest uniform number there is."""
     probabilities = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0]]).expand(3, -1)
-    assert inverse_cdf(probabilities, torch.tensor([0.0, 0.5, 1 - 2 ** -23])).tolist() == [1, 3, 3]
+    assert inverse_cdf(probabilities, torch.tensor([0.0, 0.5, LARGEST]).double()).tolist() == [1, 3, 3]
     random = torch.rand(2000, 50, generator=torch.Generator().manual_seed(0)).softmax(-1)
-    assert inverse_cdf(random, torch.full((2000,), 1 - 2 ** -23)).max() < 50
+    assert inverse_cdf(random, torch.full((2000,), LARGEST).double()).max() < 50
 
 
 def test_the_two_steps_of_the_inverse_cdf_are_one():
     """Block, then entry: every entry gets its share of the uniforms, in order, for vocabularies of any size."""
     for V in (1, 2, 5, 64, 1000):
         p = torch.rand(1, V, generator=torch.Generator().manual_seed(V)).double().softmax(-1)
-        grid = (torch.arange(20000) + 0.5) / 20000
-        picked = inverse_cdf(p.expand(20000, -1), grid.double())
+        grid = (torch.arange(20000).double() + 0.5) / 20000
+        picked = inverse_cdf(p.expand(20000, -1), grid)
         assert (picked.diff() >= 0).all()
         torch.testing.assert_close(picked.bincount(minlength=V) / 20000, p[0].float(), atol=1e-4, rtol=0)
+
+
+def test_every_id_of_a_large_vocabulary_can_be_drawn():
+    """128,256 ids, the rarest with a probability of 1e-13: the number in the middle of an id's share picks it, and
+    numbers have bits enough to fall there."""
+    log_q = (3 * torch.randn(128256, generator=torch.Generator().manual_seed(0))).log_softmax(-1)
+    q = log_q.exp()
+    cdf = q.double().cumsum(0)
+    middles = ((cdf - q.double() / 2) / cdf[-1] * 2 ** 53).round() / 2 ** 53
+    rare = q.argsort()[:3000]
+    ids = torch.cat([rare, torch.arange(0, 128256, 97)])
+    for some in ids.split(500):
+        assert torch.equal(inverse_cdf(q.expand(len(some), -1), middles[some]), some)
+    numbers = uniform_numbers(0, "bits", (), (4096,))
+    assert numbers.dtype == torch.float64 and (numbers * 2 ** 53 % 2 ** 20 > 0).float().mean() > 0.99
 
 
 def test_markers_are_never_drawn(small):
@@ -175,56 +195,57 @@ def test_markers_are_never_drawn(small):
     assert {i for latents in evidence.latents for latent in latents for i in latent} == {0, 1, 2}
 
 
-@pytest.mark.parametrize("slots", [1, 3, 7, 1000])
-def test_slots_change_nothing(small, slots):
-    """A slot that is refilled decodes what a row of its own would: same ids, log-probs equal up to float error."""
+@pytest.mark.parametrize("rows", [1, 3, 7, 1000])
+def test_rows_decode_what_each_would_alone(small, rows):
+    """Fewer rows than draws of a prompt, rows that do not divide them, all at once: same ids, log-probs up to float
+    error."""
     model, layout, (document, c) = small
     prompts = [layout.posterior_prompt(document, c), [layout.bos, 0], [layout.bos, 1, 2, 0, 0, 1, 2]]
-    uniforms = uniform_numbers(1, "slots", (), (3, 5, 9))
+    uniforms = uniform_numbers(1, "rows", (), (3, 5, 9))
     arguments = dict(stop=[layout.eol], banned=[layout.bos])
-    ours = generate(model, prompts, uniforms, slots=slots, **arguments)
+    ours = generate(model, prompts, uniforms, rows=rows, **arguments)
     for n, prompt in enumerate(prompts):
         for k in range(5):
-            alone = generate(model, [prompt], uniforms[n:n + 1, k:k + 1], slots=1, **arguments)
+            alone = generate(model, [prompt], uniforms[n:n + 1, k:k + 1], rows=1, **arguments)
             assert alone.ids[0] == ours.ids[n * 5 + k] and alone.finished[0] == ours.finished[n * 5 + k]
             torch.testing.assert_close(alone.log_prob[0], ours.log_prob[n * 5 + k], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("slots", [1, 5, 64])
-def test_slots_change_neither_ids_nor_evidence(small, slots):
+@pytest.mark.parametrize("rows", [1, 5, 64])
+def test_the_number_of_rows_changes_neither_ids_nor_evidence(small, rows):
     """Eight thoughts for each of twenty chunks, one row at a time or all at once."""
     model, layout, (document, c) = small
     places = [(type(document)(i, document.chunks, document.record), c) for i in range(20)]
-    ours, other = (infer(model, layout, places, SampleConfig(num_latents=8, max_latent_tokens=CAP, slots=n), 1) for n in (slots, 160))
+    ours, other = (infer(model, layout, places, SampleConfig(num_latents=8, max_latent_tokens=CAP, rows=n), 1)
+                   for n in (rows, 160))
     assert ours.latents == other.latents and torch.equal(ours.finished, other.finished)
     torch.testing.assert_close(ours.log_joint, other.log_joint, atol=1e-4, rtol=0)
     torch.testing.assert_close(ours.log_proposal, other.log_proposal, atol=1e-4, rtol=0)
 
 
-def test_no_row_waits(small):
-    """Every row-step is a token of a draw: rows whose draw has ended take the next or are closed."""
+def test_few_rows_wait(small):
+    """Rows whose draw has ended are dropped before an eighth of them is idle."""
     model, layout, (document, c) = small
-    drawn = generate(model, [layout.posterior_prompt(document, c)] * 5, uniform_numbers(3, "x", (), (5, 7, 9)), slots=4,
-                     stop=[layout.eol], banned=[])
-    assert drawn.row_steps == drawn.num_tokens and len(set(map(len, drawn.ids))) > 2
+    prompts, uniforms = [layout.posterior_prompt(document, c)] * 40, uniform_numbers(3, "x", (), (40, 8, 20))
+    drawn = generate(model, prompts, uniforms, rows=320, stop=[layout.eol], banned=[])
+    assert len(set(map(len, drawn.ids))) > 5 and drawn.num_tokens <= drawn.row_steps < 8 / 7 * drawn.num_tokens
 
 
-def test_more_seats_are_made_where_many_prompts_are_at_hand(small, monkeypatch):
-    """Stragglers of many prompts at once: the seats grow, and the draws are those of one row at a time."""
-    model, layout, _ = small
-    grown, grow = [], Prompts.grow
-    monkeypatch.setattr(Prompts, "grow", lambda self: (grown.append(1), grow(self)))
-    prompts, uniforms = [[layout.bos] + [n % 3] * (n % 5) for n in range(60)], uniform_numbers(5, "grow", (), (60, 12, 40))
-    arguments = dict(stop=[layout.eol], banned=[layout.bos])
-    ours = generate(model, prompts, uniforms, slots=12, **arguments)
-    assert grown and ours.ids == generate(model, prompts, uniforms, slots=1, **arguments).ids
+def test_progress_counts_every_draw_once(small):
+    model, layout, (document, c) = small
+    told = []
+    generate(model, [layout.posterior_prompt(document, c)] * 5, uniform_numbers(3, "x", (), (5, 7, 9)), rows=14,
+             stop=[layout.eol], banned=[], ended=told.append)
+    assert sum(told) == 35 and len([n for n in told if n]) > 3
 
 
 def test_rows_that_are_looked_at_now_and_then_draw_the_same(small, monkeypatch):
-    """As on a device that is asked only every eighth step which draws have ended: the same draws, a few steps for nobody."""
+    """As on a device that is asked only every eighth step which draws have ended: the same draws, a few steps for
+    nobody."""
     model, layout, (document, c) = small
-    arguments = dict(stop=[layout.eol], banned=[layout.bos], slots=6)
-    prompts, uniforms = [layout.posterior_prompt(document, c), [layout.bos, 0]], uniform_numbers(1, "slots", (), (2, 9, 20))
+    arguments = dict(stop=[layout.eol], banned=[layout.bos], rows=9)
+    prompts = [layout.posterior_prompt(document, c), [layout.bos, 0]]
+    uniforms = uniform_numbers(1, "rows", (), (2, 9, 20))
     every = generate(model, prompts, uniforms, **arguments)
     monkeypatch.setattr(sample_latents, "CHECK_EVERY", {"cpu": 8})
     seldom = generate(model, prompts, uniforms, **arguments)
@@ -258,7 +279,8 @@ class Recording(TorchDispatchMode):
 
     def replay(self):
         for operation, arguments, keywords, out in self.calls:
-            for old, new in zip(*(x if isinstance(x, list | tuple) else [x] for x in (out, operation(*arguments, **keywords)))):
+            again = operation(*arguments, **keywords)
+            for old, new in zip(*(x if isinstance(x, list | tuple) else [x] for x in (out, again))):
                 if old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
@@ -272,47 +294,35 @@ def recorded_arguments(layout, model):
         stop=[layout.eol], banned=[layout.bos])
 
 
-@pytest.mark.parametrize("slots", [5, 48, 1000])
+@pytest.mark.parametrize("rows", [5, 48, 1000])
 @pytest.mark.parametrize("look", [1, 8])
-def test_a_recorded_step_draws_the_same(small, monkeypatch, slots, look):
-    """Replayed steps read and write the same memory as called ones, with idle rows and more seats on the way."""
+def test_a_recorded_step_draws_the_same(small, monkeypatch, rows, look):
+    """Replayed steps read and write the same memory as called ones, over batches of different prompts, with idle
+    rows."""
     model, prompts, uniforms, others = recorded_arguments(small[1], small[0])
-    called = generate(model, prompts, uniforms, slots=slots, **others)
+    called = generate(model, prompts, uniforms, rows=rows, **others)
     recordings = []
-    monkeypatch.setattr(sample_latents, "record", lambda job, pool: (recordings.append(Recording(job)), recordings[-1])[1])
+    monkeypatch.setattr(sample_latents, "record",
+                        lambda job, pool: (recordings.append(Recording(job)), recordings[-1])[1])
     monkeypatch.setattr(sample_latents, "RECORDS", ("cpu",))
     monkeypatch.setattr(sample_latents, "CHECK_EVERY", {"cpu": look})
-    replayed = generate(model, prompts, uniforms, slots=slots, compile="auto", **others)
+    replayed = generate(model, prompts, uniforms, rows=rows, **others)
     assert replayed.ids == called.ids and torch.equal(replayed.finished, called.finished)
     torch.testing.assert_close(replayed.log_prob, called.log_prob, atol=1e-5, rtol=1e-5)
     assert 1 <= len(recordings) < 20
 
 
-@pytest.mark.slow
-def test_the_compiled_step_is_compiled_no_more_once_it_is_warm(small, monkeypatch):
-    """The same draws as eager; other prompts of the same sizes find every shape compiled."""
-    model, prompts, uniforms, others = recorded_arguments(small[1], small[0])
-    compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda job, **keywords: compile(job, backend="eager", **keywords))
-    assert generate(model, prompts, uniforms, slots=48, compile="on", **others).ids == generate(model, prompts, uniforms, **others).ids
-    graphs = graphs_compiled()
-    generate(model, prompts[::-1], uniforms, slots=48, compile="on", **others)
-    assert 0 < graphs == graphs_compiled()
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("compile", ["auto", "on"])
-def test_cuda_replays_what_it_would_call(small, monkeypatch, compile):
+def test_cuda_replays_what_it_would_call(small, monkeypatch):
     recordings, record = [], sample_latents.record
     monkeypatch.setattr(sample_latents, "record", lambda job, pool: (recordings.append(1), record(job, pool))[1])
     model, prompts, uniforms, others = recorded_arguments(small[1], copy.deepcopy(small[0]).cuda())
-    called = generate(model, prompts, uniforms, slots=48, **others)
-    replayed = generate(model, prompts, uniforms, slots=48, compile=compile, **others)
-    assert recordings and replayed.ids == called.ids
+    replayed = generate(model, prompts, uniforms, rows=48, **others)
+    assert recordings
+    monkeypatch.setattr(sample_latents, "RECORDS", ())
+    called = generate(model, prompts, uniforms, rows=48, **others)
+    assert replayed.ids == called.ids
     torch.testing.assert_close(replayed.log_prob, called.log_prob, atol=1e-4, rtol=1e-4)
-    graphs = graphs_compiled()
-    generate(model, prompts[::-1], uniforms, slots=48, compile=compile, **others)
-    assert graphs == graphs_compiled()
 
 
 def test_a_single_draw_is_kept_with_weight_one(small):
@@ -320,20 +330,22 @@ def test_a_single_draw_is_kept_with_weight_one(small):
     annotations = annotate([small[2]] * 10, evidence, small[1].tokenizer, SampleConfig(num_latents=1, keep="all"), 1)
     for latents, annotation in zip(evidence.latents, annotations):
         done = annotation["finished"][0]
-        assert annotation["draws"][0]["weight"] == (1.0 if done else 0.0) and annotation["latent_ids"] == (latents[0] if done else None)
+        assert annotation["draws"][0]["weight"] == (1.0 if done else 0.0)
+        assert annotation["latent_ids"] == (latents[0] if done else None)
 
 
 def test_bfloat16_keeps_logits_in_float32(small):
-    """The copy computes its blocks in bfloat16; embedding, last norm and head stay, and log-probs come near."""
+    """The copy computes its products in bfloat16; what is summed into log-probs is float32, and they come near."""
     model, layout, place = small
     low = at_precision(model, "bfloat16")
-    assert at_precision(model, "auto") is model and model.dtype == torch.float32 and low.dtype == torch.bfloat16
+    assert at_precision(model, "float32") is model and model.dtype == torch.float32 and low.dtype == torch.bfloat16
     ids = torch.randint(0, 9, (3, 12), generator=torch.Generator().manual_seed(0))
-    assert low.logits(low.hidden(ids)).dtype == low.head.weight.dtype == torch.float32
+    assert low.logits(low.hidden(ids)).dtype == low(ids, ids).dtype == torch.float32
     difference = (low(ids, ids) - model(ids, ids)).abs()
     assert 0 < difference.max() < 0.1
     config = SampleConfig(num_latents=20, max_latent_tokens=CAP)
-    evidence, exact = infer(low, layout, [place], config, 1), dict((z, p) for z, p, _ in enumerate_thoughts(*small, 1.3))
+    evidence = infer(low, layout, [place], config, 1)
+    exact = dict((z, p) for z, p, _ in enumerate_thoughts(*small, 1.3))
     for ids, log_p in zip(evidence.latents[0], evidence.log_joint[0].tolist()):
         assert log_p == -math.inf or abs(exact[tuple(ids)] - log_p) < 0.3
 
@@ -362,25 +374,50 @@ def test_greedy_decoding_is_the_argmax(small):
 
 def test_equal_draws_are_scored_once_and_alike(small):
     model, layout, place = small
-    log_joint, tokens = score_joint(model, layout, [place], [[[0, 1], [2], [0, 1]]], 100)
+    log_joint, tokens = score_joint(model, layout, [place], [[[0, 1], [2], [0, 1]]])
     assert log_joint[0, 0] == log_joint[0, 2] != log_joint[0, 1]
     assert tokens == len(layout.prior_prompt(*place)) + len([0, 1]) + len([2]) + 2 * 2      # EOL and x after each
-    some, fewer = score_joint(model, layout, [place], [[[0, 1], [2], [0, 1]]], 100, torch.tensor([[False, True, False]]))
+    some, fewer = score_joint(model, layout, [place], [[[0, 1], [2], [0, 1]]], torch.tensor([[False, True, False]]))
     assert some[0, 0] == some[0, 2] == -math.inf and fewer == tokens - len([0, 1]) - 2
     torch.testing.assert_close(some[0, 1], log_joint[0, 1])
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 20, 10 ** 6])
-def test_scoring_after_a_shared_prompt_equals_scoring_whole(documents, layout, batch_tokens):
+def test_scoring_after_a_shared_prompt_equals_scoring_whole(documents, layout, monkeypatch, batch_tokens):
     """Ragged prompts, ragged thoughts, any batch: the sum over one uncached pass of BOS C SOL PRIOR z EOL x."""
+    monkeypatch.setattr(sample_latents, "BATCH_TOKENS", {"cpu": batch_tokens})
     model = random_model(layout.tokenizer.vocab_size, context=16)
     places = [(documents[0], 1), (documents[1], 1), (documents[1], 0), (documents[3], 1)]
     latents = [[[0], [1, 2, 3, 4, 0]], [[], [2, 2]], [[1], [1]], [[3, 3, 3], []]]
-    log_joint, _ = score_joint(model, layout, places, latents, batch_tokens)
-    whole = score_sequences(model, [layout.joint(*place, z) for place, draws in zip(places, latents) for z in draws], 100)
-    torch.testing.assert_close(log_joint, whole.view(4, 2), atol=1e-5, rtol=1e-5)
+    log_joint, _ = score_joint(model, layout, places, latents)
+    whole = [[log_prob_of(model, layout.joint(*place, z)) for z in draws] for place, draws in zip(places, latents)]
+    torch.testing.assert_close(log_joint, torch.tensor(whole), atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="context of 16"):
-        score_joint(model, layout, places[:1], [[[0] * 12]], batch_tokens)
+        score_joint(model, layout, places[:1], [[[0] * 12]])
+
+
+def test_sequences_without_a_prompt_of_their_own_are_scored_after_BOS(layout):
+    model = random_model(layout.tokenizer.vocab_size)
+    texts = [Sequence().add(TEXT, [i % 5 for i in range(n)]) for n in (4, 9, 3, 20, 9, 15)]
+    whole = [log_prob_of(model, text.after([layout.bos])) for text in texts]
+    torch.testing.assert_close(score(model, [[layout.bos]], [0] * 6, texts), torch.tensor(whole), atol=1e-5, rtol=1e-5)
+
+
+def test_an_empty_text_costs_nothing(layout):
+    """As of a chunk without text: log 1, alone or beside others."""
+    model, texts = random_model(layout.tokenizer.vocab_size), [Sequence(), Sequence().add(TEXT, [1, 2])]
+    for prompt in ([layout.bos], [layout.bos, 3, 4]):
+        assert score(model, [prompt], [0], texts[:1]).tolist() == [0.0]
+        both = score(model, [prompt], [0, 0], texts)
+        assert both[0] == 0 and both[1].item() == pytest.approx(log_prob_of(model, texts[1].after(prompt)), abs=1e-5)
+
+
+def test_length_batches_hold_everything_once_within_the_budget():
+    """Longest first, an eighth padding at most, and as many tokens as fit; one thing that is too long stands alone."""
+    lengths = [4, 9, 3, 20, 9, 15, 8]
+    assert list(length_batches(lengths, 25)) == [[3], [5], [1, 4], [6], [0], [2]]
+    assert list(length_batches(lengths, 27)) == [[3], [5], [1, 4, 6], [0], [2]]
+    assert list(length_batches(lengths, 1)) == [[3], [5], [1], [4], [6], [0], [2]]
 
 
 def test_a_draw_depends_on_its_labels_only(small):
@@ -417,14 +454,15 @@ CORPUS = [{"text": f"a {x} {y}", "chunks": [{"suffix": f"a {x}", "given": True},
 def stage(tmp_path):
     """A checkpoint and a corpus on disk, as train.py and prepare.py leave them."""
     tokenizer = tokenizer_for(WORDS, "words")
-    save_checkpoint(str(tmp_path / "ckpt.pt"), random_model(tokenizer.vocab_size, context=32), tokenizer=tokenizer.state())
+    model = random_model(tokenizer.vocab_size, context=32)
+    save_checkpoint(str(tmp_path / "ckpt.pt"), model, tokenizer=tokenizer.state())
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(record) + "\n" for record in CORPUS))
     return tmp_path
 
 
 def run_main(stage, out, *flags):
-    main(["--checkpoint", str(stage / "ckpt.pt"), "--data", str(stage / "corpus.jsonl"), "--out", str(stage / out), "--device", "cpu",
-          "--num_latents", "4", "--max_latent_tokens", "6", "--block_documents", "7", *flags])
+    main(["--checkpoint", str(stage / "ckpt.pt"), "--data", str(stage / "corpus.jsonl"), "--out", str(stage / out),
+          "--device", "cpu", "--num_latents", "4", "--max_latent_tokens", "6", "--block_chunks", "7", *flags])
     return (stage / out).read_bytes()
 
 
@@ -448,9 +486,33 @@ def test_a_chunk_without_a_finished_draw_stays_plain_and_is_counted(stage):
     run_main(stage, "short.jsonl", "--max_latent_tokens", "1", "--num_latents", "1")
     records = read_corpus(str(stage / "short.jsonl"))
     plain = [r for r in records[:-1] if r["chunks"][1]["latent"] is None]
-    summary = summarize(records)
-    assert 0 < len(plain) < 25 and summary["left_plain"] == len(plain) and summary["chunks"] == 25
-    assert summary["unfinished"] == pytest.approx(len(plain) / 25) and math.isfinite(summary["bound"])
+    figures = figures_in(stage, "short.jsonl")
+    assert 0 < len(plain) < 25 and figures["left_plain"] == len(plain) and figures["chunks"] == 25
+    assert figures["unfinished"] == pytest.approx(len(plain) / 25) and math.isfinite(figures["bound"])
+
+
+def figures_in(stage, out):
+    return json.loads((stage / f"{out}.run" / "figures.json").read_text())
+
+
+def test_the_figures_are_those_of_the_lines(stage):
+    """Recomputed from the evidence that the output holds."""
+    run_main(stage, "latents.jsonl")
+    drawn = [chunk for record in read_corpus(str(stage / "latents.jsonl")) for chunk in record["chunks"]
+             if "log_joint" in chunk]
+    usable, log_w = [chunk for chunk in drawn if any(chunk["finished"])], []
+    for chunk in drawn:
+        log_w.append([p - q for p, q in zip(chunk["log_joint"], chunk["log_proposal"]) if p is not None])
+    weights = [torch.tensor(row).softmax(0) for row in log_w if row]
+    mean = lambda values: pytest.approx(sum(values) / len(values), rel=1e-4)
+    figures = figures_in(stage, "latents.jsonl")
+    assert figures["chunks"] == len(drawn) and figures["left_plain"] == len(drawn) - len(usable)
+    assert figures["ess"] == mean([chunk["ess"] for chunk in usable])
+    assert figures["bound"] == mean([chunk["bound"] for chunk in usable])
+    assert figures["weight_entropy"] == mean([-(w * w.log()).sum().item() for w in weights])
+    assert figures["elbo_finished"] == mean([x for row in log_w for x in row])
+    assert figures["latent_tokens"] == mean([n for chunk in drawn for n in chunk["lengths"]])
+    assert figures["sampled_tokens"] == sum(n + done for c in drawn for n, done in zip(c["lengths"], c["finished"]))
 
 
 @pytest.mark.parametrize("stop_at", [1, 2, 3, 4])
@@ -468,23 +530,27 @@ def test_a_killed_run_continues_to_the_same_bytes(stage, monkeypatch, stop_at):
     with pytest.raises(KeyboardInterrupt):
         run_main(stage, "killed.jsonl")
     assert not (stage / "killed.jsonl").exists()
-    (stage / "killed.jsonl.parts").mkdir(exist_ok=True)
-    (stage / "killed.jsonl.parts" / "000000003.jsonl.tmp").write_text('{"text": "half a li')
+    blocks = stage / "killed.jsonl.run" / "blocks"
+    blocks.mkdir(exist_ok=True)
+    (blocks / "000000003.jsonl.tmp").write_text('{"text": "half a li')
     assert run_main(stage, "killed.jsonl") == whole and len(calls) == 5
-    assert not (stage / "killed.jsonl.parts").exists()
+    assert not blocks.exists() and figures_in(stage, "killed.jsonl") == figures_in(stage, "whole.jsonl")
 
 
 def test_ranks_divide_the_blocks_and_write_the_same_bytes(stage):
     """Rank 1 of two does every second block; rank 0 the others and the merging."""
     whole = run_main(stage, "whole.jsonl")
-    model, state = load_checkpoint(str(stage / "ckpt.pt"))
+    state = read_checkpoint(str(stage / "ckpt.pt"))
+    model = restore(state)
     tokenizer = sample_latents.Tokenizer(**state["tokenizer"])
-    config, out = SampleConfig(num_latents=4, max_latent_tokens=6, block_documents=7), str(stage / "two.jsonl")
+    config, out = SampleConfig(num_latents=4, max_latent_tokens=6, block_chunks=7), str(stage / "two.jsonl")
     corpus = str(stage / "corpus.jsonl")
     Silent = type("Silent", (Ranks,), {"barrier": lambda self: None})
+    (stage / "two.jsonl.run").mkdir()
+    (stage / "two.jsonl.run" / "chosen.json").write_text('{"dtype": "float32"}')         # as rank 0 would have
     with pytest.raises(FileNotFoundError):
         e_step(model, tokenizer, corpus, config, 1, out, Silent(1, 2, torch.device("cpu")))
-    assert len(list((stage / "two.jsonl.parts").iterdir())) == 2
+    assert len(list((stage / "two.jsonl.run" / "blocks").glob("*.json"))) == 2
     e_step(model, tokenizer, corpus, config, 1, out, Silent(0, 2, torch.device("cpu")))
     assert (stage / "two.jsonl").read_bytes() == whole
 
@@ -494,11 +560,12 @@ def test_ranks_divide_the_blocks_and_write_the_same_bytes(stage):
 def test_gloo_processes_write_the_same_bytes(stage, processes):
     """torchrun over several processes, one thread each: the file of one process."""
     whole = run_main(stage, "whole.jsonl")
-    flags = ["--checkpoint", "ckpt.pt", "--data", "corpus.jsonl", "--out", "two.jsonl", "--device", "cpu", "--num_latents", "4",
-             "--max_latent_tokens", "6", "--block_documents", "7"]
+    flags = ["--checkpoint", "ckpt.pt", "--data", "corpus.jsonl", "--out", "two.jsonl", "--device", "cpu",
+             "--num_latents", "4", "--max_latent_tokens", "6", "--block_chunks", "7"]
     script = str(Path(sample_latents.__file__))
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", script, *flags],
-                   cwd=stage, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    subprocess.run([sys.executable, *launcher, script, *flags], cwd=stage, check=True,
+                   env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert (stage / "two.jsonl").read_bytes() == whole
 
 
@@ -510,25 +577,26 @@ def test_an_output_of_other_settings_is_refused(stage):
 
 def test_an_output_without_its_settings_is_not_taken_for_new(stage):
     run_main(stage, "latents.jsonl")
-    shutil.rmtree(stage / "latents.jsonl.config")
+    shutil.rmtree(stage / "latents.jsonl.run")
     with pytest.raises(ValueError, match="without its"):
         run_main(stage, "latents.jsonl")
 
 
 def test_the_config_of_a_run_repeats_it(stage):
     whole = run_main(stage, "whole.jsonl", "--seed", "3")
-    main(["--config", str(stage / "whole.jsonl.config" / "config.json"), "--out", str(stage / "again.jsonl")])
+    main(["--config", str(stage / "whole.jsonl.run" / "config.json"), "--out", str(stage / "again.jsonl")])
     assert (stage / "again.jsonl").read_bytes() == whole
 
 
 @pytest.mark.parametrize("flag, value", [("--num_latents", "0"), ("--temperature", "-1"), ("--max_latent_tokens", "0")])
 def test_a_setting_that_makes_no_sense_is_named(stage, flag, value):
-    with pytest.raises(ValueError, match=f"{flag} {value}"):
+    with pytest.raises(ValueError, match=f"{flag}: {value}"):
         run_main(stage, "x.jsonl", flag, value)
 
 
 def test_keep_all_writes_every_draw_with_its_weight(stage):
-    """The weights are the softmax of the log-weights, an unfinished draw has none, and what is kept is among the draws."""
+    """The weights are the softmax of the log-weights, an unfinished draw has none, and what is kept is among the
+    draws."""
     one, every = (run_main(stage, f"{keep}.jsonl", "--keep", keep) for keep in ("one", "all"))
     for a, b in zip(map(json.loads, one.splitlines()), map(json.loads, every.splitlines())):
         a, b = a["chunks"][-1], b["chunks"][-1]
@@ -554,9 +622,10 @@ def test_chunks_with_a_latent_are_drawn_anew_only_where_asked(stage):
     for n in with_latent:
         old, kept = first[n]["chunks"][-1], same[n]["chunks"][-1]
         assert kept == {name: old[name] for name in ("suffix", "latent", "latent_ids", "draws") if name in old}
-    assert summarize(same)["chunks"] == len(CORPUS) - len(with_latent)
+    assert figures_in(stage, "same.jsonl")["chunks"] == len(CORPUS) - len(with_latent)
     assert all("draws" not in record["chunks"][-1] and len(record["chunks"][-1]["finished"]) == 4 for record in other)
-    assert summarize(other)["chunks"] == len(CORPUS) and [r["text"] for r in other] == [r["text"] for r in CORPUS]
+    assert figures_in(stage, "other.jsonl")["chunks"] == len(CORPUS)
+    assert [record["text"] for record in other] == [record["text"] for record in CORPUS]
 
 
 def test_a_corpus_that_changed_is_refused(stage):
@@ -576,23 +645,25 @@ def test_ids_of_another_vocabulary_are_refused(stage):
         run_main(stage, "x.jsonl")
     run_main(stage, "x.jsonl", "--redraw", "true")
     draws = [{"latent": " c", "latent_ids": [0], "weight": 1.0}]
+    record = {"text": "a", "chunks": [{"suffix": "a", "latent": "a", "draws": draws}]}
     with pytest.raises(ValueError, match="another vocabulary"):
-        encode_document(0, {"text": "a", "chunks": [{"suffix": "a", "latent": "a", "draws": draws}]}, tokenizer_for(WORDS, "words"))
+        encode_document(0, record, tokenizer_for(WORDS, "words"))
 
 
-def test_blocks_stream(stage, tokenizer):
-    """The first block needs the first lines only, so memory does not grow with the corpus."""
-    path = stage / "long.jsonl"
-    path.write_text('{"text": "a b"}\n' * 10 + "not read yet\n")
-    blocks = documents_of_blocks(str(path), tokenizer, SampleConfig(block_documents=5), lambda number: True)
-    assert [[d.index for d in documents] for _, documents in itertools.islice(blocks, 2)] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
-    with pytest.raises(ValueError, match="long.jsonl:11"):
-        next(blocks)
+def test_blocks_hold_whole_documents_with_about_so_many_chunks(tmp_path, layout):
+    """A document is never cut; chunks count, not documents, so that no block of long documents takes hours."""
+    path = tmp_path / "corpus.jsonl"
+    counts = [1, 1, 0, 5, 1, 1, 1, 1, 0]
+    documents = [{"text": "a" * n, "chunks": [{"suffix": "a"}] * n} for n in counts]
+    path.write_text("".join(json.dumps(document) + "\n" for document in documents))
+    blocks = survey(str(path), layout, SampleConfig(block_chunks=3, max_latent_tokens=4), context=32)
+    assert [(block.documents, block.chunks) for block in blocks] == [(4, 7), (3, 3), (2, 1)]
 
 
 @pytest.mark.parametrize("line, message", [
     ("{\"text\": ", "corpus.jsonl:2: "), ('{"text": "zebra"}', "corpus.jsonl:2: 'zebra'.*vocabulary"),
-    ('{"text": "a b c d a b c d a b c d a b c d a b c d a b c d a b c d"}', "corpus.jsonl:2: the prompt of chunk 0 has .* context of 32")])
+    ('{"text": "a b c d a b c d a b c d a b c d a b c d a b c d a b c d"}',
+     "corpus.jsonl:2: the prompt of chunk 0 has .* context of 32")])
 def test_a_bad_line_is_named_before_the_model_is_loaded(stage, monkeypatch, line, message):
     monkeypatch.setattr(sample_latents, "restore", lambda *arguments: pytest.fail("the model was loaded"))
     (stage / "corpus.jsonl").write_text('{"text": "a b"}\n' + line + "\n")
@@ -603,10 +674,12 @@ def test_a_bad_line_is_named_before_the_model_is_loaded(stage, monkeypatch, line
 
 def test_show_prints_thoughts_with_their_weights(stage, capsys):
     """Equal draws together, their weights adding up to one, the kept one marked; no file is written."""
-    main(["--checkpoint", str(stage / "ckpt.pt"), "--data", str(stage / "corpus.jsonl"), "--out", str(stage / "x.jsonl"),
-          "--device", "cpu", "--num_latents", "8", "--max_latent_tokens", "6", "--show", "2"])
+    main(["--checkpoint", str(stage / "ckpt.pt"), "--data", str(stage / "corpus.jsonl"),
+          "--out", str(stage / "x.jsonl"), "--device", "cpu", "--num_latents", "8", "--max_latent_tokens", "6",
+          "--show", "2"])
     shown = capsys.readouterr().out
-    assert shown.count("document ") == 2 and shown.count(" kept ") <= 2 and "ess" in shown and not (stage / "x.jsonl").exists()
+    assert shown.count("document ") == 2 and shown.count(" kept ") <= 2 and "ess" in shown
+    assert not (stage / "x.jsonl").exists()
     first = [line.lstrip(" █") for line in shown.split("\n\n")[0].splitlines() if " x " in line]
     assert sum(float(line.split()[0]) for line in first) == pytest.approx(1, abs=0.05)
     assert sum(int(line.split()[1]) for line in first) == 8
@@ -615,7 +688,8 @@ def test_show_prints_thoughts_with_their_weights(stage, capsys):
 def test_prompt_thinks_then_answers(stage, capsys):
     """The greedy thought after BOS text SOL PRIOR, then the greedy text after it."""
     main(["--checkpoint", str(stage / "ckpt.pt"), "--device", "cpu", "--prompt", "a b c", "--max_latent_tokens", "6"])
-    shown = dict(line.split(maxsplit=1) if " " in line.strip() else (line.strip(), "") for line in capsys.readouterr().out.splitlines())
+    lines = capsys.readouterr().out.splitlines()
+    shown = dict(line.split(maxsplit=1) if " " in line.strip() else (line.strip(), "") for line in lines)
     assert set(shown) == {"prompt", "thought", "answer"} and shown["prompt"] == "a b c"
 
 

@@ -6,7 +6,8 @@ import pytest
 from data.tokens import MARKERS, SOL, Tokenizer, split, tokenizer_for
 
 
-@pytest.mark.parametrize("text", ["Mix fire, salt and moss; get gold.", "", " \n\t two  spaces", "émoji 🜁 ok\r\n", "a_b <|x|>"])
+@pytest.mark.parametrize("text", ["Mix fire, salt and moss; get gold.", "", " \n\t two  spaces", "émoji 🜁 ok\r\n",
+                                  "a_b <|x|>"])
 def test_words_are_lossless(text):
     assert b"".join(split(text, "words")).decode() == text
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,14 +20,19 @@ from data.layout import LATENT, MARKER, TEXT
 from data.loader import Position, Recipe, training_batches
 from data.run import Ranks
 from data.tokens import Tokenizer, tokenizer_for
-from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
+from model import GPT, GPTConfig, read_checkpoint, restore, save_checkpoint
 from tests.conftest import RECORDS, random_model
-from train import (Muon, TrainConfig, TrainState, backward, choose_dtype, main, make_optimizers, nearest_orthogonal,
+from train import (Forward, Muon, TrainConfig, TrainState, backward, main, make_optimizers, nearest_orthogonal,
                    schedule, train, validate, validation_config)
 
 SMALL = TrainConfig(steps=12, batch_tokens=64, row_tokens=16, checkpoint_every=5,
                     model=GPTConfig(context=32, width=16, ffn=24, heads=2, kv_heads=2))
-NO_AUTOCAST = torch.autocast("cpu", enabled=False)
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def plain(model):
+    """The model as training calls it: eager, in float32, in one process."""
+    return Forward(model, "float32", False, ALONE)
 
 
 @pytest.fixture
@@ -49,16 +55,17 @@ def test_the_gradient_is_that_of_the_mean_over_all_targets(batch, alone, layout)
     expected = gradients(model)
     for rows in (0, 1, 2, 3):
         model.zero_grad()
-        sums = backward(model, batch, rows, alone, NO_AUTOCAST)
+        sums = backward(plain(model), batch, rows, alone)
         assert sums[2].item() == pytest.approx(-log_p.sum().item(), rel=1e-5)
         for ours, theirs in zip(gradients(model), expected):
             torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
 
 
 def test_ranks_with_unequal_counts_average_to_the_same_gradient(batch, documents, layout):
-    """The mean over ranks, which is what DDP takes, of each rank's gradient is that of one process; also where a rank has no row."""
+    """The mean over ranks, which is what DDP takes, of each rank's gradient is that of one process; also where a rank
+    has no row."""
     model = random_model(layout.tokenizer.vocab_size)
-    backward(model, batch, 0, Ranks(0, 1, torch.device("cpu")), NO_AUTOCAST)
+    backward(plain(model), batch, 0, ALONE)
     expected = gradients(model)
     for world in (2, 3, 5):
         parts = []
@@ -66,7 +73,7 @@ def test_ranks_with_unequal_counts_average_to_the_same_gradient(batch, documents
             model.zero_grad()
             ranks = Ranks(rank, world, torch.device("cpu"))
             mine = next(training_batches(documents, layout, Recipe(96, 24), Position(), ranks))
-            backward(model, mine, 0, ranks, NO_AUTOCAST)
+            backward(plain(model), mine, 0, ranks)
             parts.append(gradients(model))
         for whole, *each in zip(expected, *parts):
             torch.testing.assert_close(sum(each) / world, whole, atol=1e-6, rtol=1e-4)
@@ -74,7 +81,8 @@ def test_ranks_with_unequal_counts_average_to_the_same_gradient(batch, documents
 
 def test_the_schedules_as_a_table():
     """Warm-up over 2 of 20 steps; wsd falls to zero over the last 10, cosine from the warm-up on, constant never."""
-    table = {"wsd": [0.5, 1, 1, 1, 1, 0.9, 0.5, 0.1], "cosine": [0.5, 1, 0.99, 0.62, 0.54, 0.46, 0.16, 0.01], "constant": [0.5] + [1] * 7}
+    table = {"wsd": [0.5, 1, 1, 1, 1, 0.9, 0.5, 0.1], "cosine": [0.5, 1, 0.99, 0.62, 0.54, 0.46, 0.16, 0.01],
+             "constant": [0.5] + [1] * 7}
     for name, shares in table.items():
         config = replace(SMALL, steps=20, warmup=0.1, decay=0.5, schedule=name)
         assert [round(schedule(step, config), 2) for step in (0, 1, 2, 9, 10, 11, 15, 19)] == shares, name
@@ -82,7 +90,8 @@ def test_the_schedules_as_a_table():
 
 def test_newton_schulz_brings_singular_values_near_one():
     for shape in ((2, 16, 16), (3, 8, 20), (1, 20, 8)):
-        values = torch.linalg.svdvals(nearest_orthogonal(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
+        drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        values = torch.linalg.svdvals(nearest_orthogonal(drawn))
         assert values.min() > 0.3 and values.max() < 1.3
 
 
@@ -120,13 +129,43 @@ def test_training_overfits_a_few_documents(tokenizer, layout, documents, alone, 
     config = replace(SMALL, steps=150, learning_rate=1e-2)
     model = fresh(tokenizer)
     train(model, tokenizer, documents, config, str(tmp_path), alone)
-    assert validate(model, tokenizer, documents[2:3], config, alone)["val_nll_text"] < 1.0
+    assert validate(plain(model), tokenizer, documents[2:3], config, alone)["val_nll_text"] < 1.0
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 150 and last["loss"] < 1.0
 
 
+def test_compiling_follows_a_rule_on_size(tokenizer, tmp_path, monkeypatch):
+    """Where a run is long enough to make up for it, and a compiler is there; what was chosen holds when it goes on."""
+    model, long = fresh(tokenizer), replace(SMALL, steps=10 ** 10)
+    assert not train_module.chosen(SMALL, model, tmp_path / "short", ALONE)["compile"]
+    assert train_module.chosen(replace(SMALL, compile="on"), model, tmp_path / "on", ALONE)["compile"]
+    assert not train_module.chosen(replace(long, compile="off"), model, tmp_path / "off", ALONE)["compile"]
+    monkeypatch.setattr(train_module.shutil, "which", lambda name: "/usr/bin/g++" if name == "g++" else None)
+    assert train_module.chosen(long, model, tmp_path / "long", ALONE)["compile"]
+    monkeypatch.setattr(train_module.shutil, "which", lambda name: None)
+    assert train_module.chosen(long, model, tmp_path / "long", ALONE)["compile"]
+    assert not train_module.chosen(long, model, tmp_path / "no compiler", ALONE)["compile"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_compiled_run_learns_what_an_eager_one_does(tokenizer, documents, alone, tmp_path, dtype):
+    """The same steps to within floating point, validation included, and again the same bits."""
+    found = {}
+    for name, compile in (("eager", "off"), ("compiled", "on"), ("again", "on")):
+        (tmp_path / name).mkdir()
+        model, config = fresh(tokenizer), replace(SMALL, dtype=dtype, compile=compile)
+        train(model, tokenizer, documents, config, str(tmp_path / name), alone)
+        found[name] = weights(model)
+    assert torch.equal(found["compiled"], found["again"])
+    tolerance = 1e-4 if dtype == "float32" else 0.05
+    assert (found["compiled"] - found["eager"]).norm() < tolerance * found["eager"].norm()
+
+
 def test_a_killed_run_continues_to_the_same_weights(tokenizer, documents, alone, tmp_path, monkeypatch):
-    """Stopped between checkpoints, at one, or while one is written: bit for bit the uninterrupted weights and optimizer."""
+    """Stopped between checkpoints, at one, or while one is written: bit for bit the uninterrupted weights and
+    optimizer."""
     whole = fresh(tokenizer)
     (tmp_path / "whole").mkdir()
     train(whole, tokenizer, documents, SMALL, str(tmp_path / "whole"), alone)
@@ -149,8 +188,7 @@ def test_a_killed_run_continues_to_the_same_weights(tokenizer, documents, alone,
         assert torch.equal(weights(model), weights(whole)) and state.step == 12
         steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert steps == sorted(set(steps))
-    _, saved = load_checkpoint(str(tmp_path / "whole" / "ckpt.pt"))
-    _, again = load_checkpoint(str(tmp_path / "stop7" / "ckpt.pt"))
+    saved, again = (read_checkpoint(str(tmp_path / name / "ckpt.pt")) for name in ("whole", "stop7"))
     assert saved["state"] == again["state"]
     for a, b in zip(saved["optimizers"], again["optimizers"]):
         for one, two in zip(a["state"].values(), b["state"].values()):
@@ -167,14 +205,14 @@ def test_a_finished_run_is_not_trained_again(tokenizer, documents, alone, tmp_pa
 def test_a_checkpoint_of_another_model_is_refused(tokenizer, documents, alone, tmp_path):
     train(fresh(tokenizer), tokenizer, documents, SMALL, str(tmp_path), alone)
     other = replace(SMALL, model=replace(SMALL.model, ffn=32))
-    with pytest.raises(ValueError, match="another model.*--out"):
+    with pytest.raises(ValueError, match="another model_config.*--out"):
         train(fresh(tokenizer, other), tokenizer, documents, other, str(tmp_path), alone)
 
 
 def test_a_checkpoint_of_another_vocabulary_is_refused(tokenizer, documents, alone, tmp_path):
     train(fresh(tokenizer), tokenizer, documents, SMALL, str(tmp_path), alone)
     other = replace(tokenizer, tokens=(b"z", *tokenizer.tokens[1:]))
-    with pytest.raises(ValueError, match="another vocabulary.*--out"):
+    with pytest.raises(ValueError, match="another tokenizer.*--out"):
         train(fresh(other), other, documents, SMALL, str(tmp_path), alone)
 
 
@@ -187,7 +225,7 @@ def test_half_a_checkpoint_is_refused(tokenizer, documents, alone, tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tokenizer, documents, alone, tmp_path, monkeypatch):
-    """Step and rank are named, and the checkpoint before it stays."""
+    """The steps are named, and the checkpoint before them stays."""
     train_step = train_module.train_step
 
     def spoilt(model, forward, optimizers, batch, step, *rest):
@@ -197,30 +235,22 @@ def test_a_loss_that_is_no_number_stops_the_run(tokenizer, documents, alone, tmp
         return train_step(model, forward, optimizers, batch, step, *rest)
     monkeypatch.setattr(train_module, "train_step", spoilt)
     model = fresh(tokenizer)
-    with pytest.raises(ValueError, match=f"not a number at step 7, rank 0; the last good checkpoint is {tmp_path}/ckpt.pt; lower --learning_rate"):
+    with pytest.raises(ValueError, match="not a number in steps 6 to 10; .*lower --learning_rate"):
         train(model, tokenizer, documents, SMALL, str(tmp_path), alone)
-    saved, state = load_checkpoint(str(tmp_path / "ckpt.pt"))
-    assert state["state"]["step"] == 5 and weights(saved).isfinite().all()
-
-
-def test_bfloat16_on_a_cpu_is_for_wide_models_where_it_is_fast(alone, monkeypatch):
-    for amx, width, dtype, expected in ((True, 256, "auto", "bfloat16"), (True, 64, "auto", "float32"), (False, 256, "auto", "float32"),
-                                         (True, 256, "float32", "float32"), (False, 64, "bfloat16", "bfloat16")):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-        assert choose_dtype(replace(SMALL, dtype=dtype), width, alone.device) == expected
-    monkeypatch.undo()
-    assert torch.cpu._is_amx_tile_supported() in (True, False)
+    saved = read_checkpoint(str(tmp_path / "ckpt.pt"))
+    assert saved["state"]["step"] == 5 and weights(restore(saved)).isfinite().all()
 
 
 def test_validation_gives_nats_by_kind_and_bits_per_byte(tokenizer, layout, documents, alone):
     """Against the log-probabilities of each document alone."""
     model = random_model(tokenizer.vocab_size)
-    record = validate(model, tokenizer, documents, replace(SMALL, layout="prior"), alone, batch_rows=2)
+    record = validate(plain(model), tokenizer, documents, replace(SMALL, layout="prior"), alone, batch_rows=2)
     nll, count, text_bytes = collections.Counter(), collections.Counter(), 0
     for document in documents:
         sequence = layout.document(document, [True] * len(document.chunks))
         ids = torch.tensor([sequence.ids])
-        for log_p, target, kind in zip(model(ids[:, :-1], ids[:, 1:])[0].tolist(), sequence.ids[1:], sequence.kinds[1:]):
+        log_probs = model(ids[:, :-1], ids[:, 1:])[0].tolist()
+        for log_p, target, kind in zip(log_probs, sequence.ids[1:], sequence.kinds[1:]):
             nll[kind] -= log_p
             count[kind] += 1
             text_bytes += len(tokenizer.tokens[target]) if kind == TEXT else 0
@@ -228,13 +258,14 @@ def test_validation_gives_nats_by_kind_and_bits_per_byte(tokenizer, layout, docu
         assert record[f"val_nll_{name}"] == pytest.approx(nll[kind] / count[kind], rel=1e-5)
     assert record["val_bits_per_byte"] == pytest.approx(nll[TEXT] / text_bytes / math.log(2), rel=1e-5)
     kinds = (LATENT, TEXT, MARKER)
-    assert record["val_loss"] == pytest.approx(sum(nll[kind] for kind in kinds) / sum(count[kind] for kind in kinds), rel=1e-5)
+    loss = sum(nll[kind] for kind in kinds) / sum(count[kind] for kind in kinds)
+    assert record["val_loss"] == pytest.approx(loss, rel=1e-5)
 
 
 def test_the_first_loss_is_that_of_a_guess(tokenizer, documents, alone, tmp_path):
     """ln(vocabulary), since the head starts at zero."""
-    records = []
-    train(fresh(tokenizer), tokenizer, documents, replace(SMALL, steps=1), str(tmp_path), alone, at_record=records.append)
+    records, config = [], replace(SMALL, steps=1)
+    train(fresh(tokenizer), tokenizer, documents, config, str(tmp_path), alone, at_record=records.append)
     assert records[0]["loss"] == pytest.approx(math.log(tokenizer.vocab_size), rel=1e-5)
 
 
@@ -253,7 +284,7 @@ def test_the_raw_layout_is_a_plain_language_model(tokenizer, layout, documents, 
     model = random_model(tokenizer.vocab_size)
     ids = torch.tensor([[layout.bos, *documents[1].chunks[0].suffix, *documents[1].chunks[1].suffix]])
     expected = -model(ids[:, :-1], ids[:, 1:]).mean().item()
-    record = validate(model, tokenizer, documents[1:2], replace(SMALL, layout="raw"), alone)
+    record = validate(plain(model), tokenizer, documents[1:2], replace(SMALL, layout="raw"), alone)
     assert record["val_nll_text"] == pytest.approx(expected, rel=1e-5) and "val_nll_latent" not in record
 
 
@@ -262,7 +293,7 @@ def test_latent_only_needs_latents(tokenizer, documents, alone, tmp_path):
     config = replace(SMALL, layout="latent_only")
     with pytest.raises(ValueError, match="--layout latent_only"):
         train(fresh(tokenizer), tokenizer, documents[2:3], config, str(tmp_path), alone)
-    assert validate(fresh(tokenizer), tokenizer, documents[2:3], config, alone) == {}
+    assert validate(plain(fresh(tokenizer)), tokenizer, documents[2:3], config, alone) == {}
 
 
 @pytest.fixture
@@ -280,16 +311,19 @@ def flags(corpus, out, *more):
 def test_main_trains_and_says_where_the_checkpoint_is(corpus, tmp_path, capsys):
     main(flags(corpus, tmp_path / "run"))
     said = capsys.readouterr().out
-    assert f"{tmp_path}/run/ckpt.pt: 6 steps in float32" in said and "step 6/6  loss" in said and "held-out: loss" in said
+    assert f"{tmp_path}/run/ckpt.pt: 6 steps, " in said and "in float32" in said
+    assert "step 6/6  loss" in said and "held-out: loss" in said
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert {"loss", "nll_latent", "nll_text", "tokens_per_second", "seconds_left"} <= set(records[0])
+    assert {"loss", "nll_latent", "nll_text", "tokens_per_second", "waiting"} <= set(records[0])
     assert {"step", "val_loss", "val_nll_text", "val_nll_latent", "val_bits_per_byte"} <= set(records[1])
     assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["steps"] == 6
 
 
-@pytest.mark.parametrize("more, named", [(["--row_tokens", "999"], "--row_tokens 999"), (["--batch_tokens", "8"], "--batch_tokens 8"), (["--steps", "0"], "--steps 0"), (["--batch_tokens", "50"], "multiple"),
-                                         (["--device", "gpu"], "--device gpu"), (["--encoding", "gtp2"], "--encoding gtp2"), (["--model.heads", "0"], "heads"),
-                                         (["--data", "nowhere.jsonl"], "nowhere.jsonl"), (["--raw_mix", "2"], "--raw_mix 2")])
+@pytest.mark.parametrize("more, named", [
+    (["--row_tokens", "999"], "--row_tokens 999"), (["--batch_tokens", "8"], "--batch_tokens 8"),
+    (["--steps", "0"], "--steps: 0"), (["--batch_tokens", "50"], "multiple"), (["--device", "gpu"], "--device gpu"),
+    (["--encoding", "gtp2"], "--encoding gtp2"), (["--model.heads", "0"], "heads"),
+    (["--data", "nowhere.jsonl"], "nowhere.jsonl"), (["--raw_mix", "2"], "--raw_mix 2")])
 def test_bad_settings_end_before_work_is_spent(corpus, tmp_path, more, named):
     with pytest.raises((ValueError, FileNotFoundError), match=named):
         main(flags(corpus, tmp_path / "run", *more))
@@ -299,7 +333,8 @@ def test_bad_settings_end_before_work_is_spent(corpus, tmp_path, more, named):
 def test_training_on_drawn_latents_starts_from_the_checkpoint_that_drew_them(corpus, tmp_path):
     """Its vocabulary comes along, so the ids mean what they meant; a fresh vocabulary is refused."""
     tokenizer = tokenizer_for([" 0 a b c d e", "a", "b", " z"], "words")
-    save_checkpoint(str(tmp_path / "old.pt"), random_model(tokenizer.vocab_size, context=256), tokenizer=tokenizer.state())
+    model = random_model(tokenizer.vocab_size, context=256)
+    save_checkpoint(str(tmp_path / "old.pt"), model, tokenizer=tokenizer.state())
     chunk = {"suffix": "a b", "latent": " z", "latent_ids": tokenizer.encode(" z")}
     (tmp_path / "drawn.jsonl").write_text(json.dumps({"text": "a b", "chunks": [chunk]}) + "\n")
     argv = ["--data", str(tmp_path / "drawn.jsonl"), *flags(corpus, tmp_path / "run")[2:]]
@@ -312,8 +347,7 @@ def test_training_on_drawn_latents_starts_from_the_checkpoint_that_drew_them(cor
     with pytest.raises(ValueError, match="leave --encoding out"):
         main([*argv, "--init_from", str(tmp_path / "old.pt"), "--encoding", "gpt2"])
     main([*argv, "--init_from", str(tmp_path / "old.pt")])
-    _, state = load_checkpoint(str(tmp_path / "run" / "ckpt.pt"))
-    assert Tokenizer(**state["tokenizer"]) == tokenizer
+    assert Tokenizer(**read_checkpoint(str(tmp_path / "run" / "ckpt.pt"))["tokenizer"]) == tokenizer
 
 
 def test_a_run_does_not_go_on_with_other_data(corpus, tmp_path):
@@ -325,9 +359,10 @@ def test_a_run_does_not_go_on_with_other_data(corpus, tmp_path):
 
 def test_held_out_text_stands_as_the_training_taught_it(documents, layout, alone):
     """After SOL EOL where the corpus has thoughts and the layout trains that form, else bare."""
-    bare = [replace(document, chunks=[replace(chunk, latent=None) for chunk in document.chunks]) for document in documents]
-    for part, name, plain_as in ((documents, "joint", "no_thought"), (documents, "posterior", "no_thought"), (documents, "prior", "plain"),
-                                   (documents, "raw", "plain"), (bare, "joint", "plain")):
+    bare = [replace(document, chunks=[replace(chunk, latent=None) for chunk in document.chunks])
+            for document in documents]
+    for part, name, plain_as in ((documents, "joint", "no_thought"), (documents, "posterior", "no_thought"),
+                                 (documents, "prior", "plain"), (documents, "raw", "plain"), (bare, "joint", "plain")):
         config, state = replace(SMALL, layout=name), TrainState()
         for batch in itertools.islice(training_batches(part, layout, config, Position(), alone), 3):
             state.count(batch)
@@ -344,21 +379,25 @@ def test_a_held_out_corpus_beside_the_data_is_found(corpus, tmp_path, capsys):
     assert "held-out: loss" in capsys.readouterr().out
 
 
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+
+
 @pytest.mark.slow
 def test_two_processes_do_what_one_does(corpus, tmp_path):
     """torchrun over two gloo processes: the same weights up to float error, the same counts."""
     root = Path(train_module.__file__).parent
-    for name, launcher in (("one", ["-m", "train"]), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"])):
+    for name, launcher in (("one", ["-m", "train"]), ("two", TORCHRUN)):
         subprocess.run([sys.executable, *launcher, *flags(corpus, tmp_path / name)], cwd=root, check=True)
-    (one, state_one), (two, state_two) = (load_checkpoint(str(tmp_path / name / "ckpt.pt")) for name in ("one", "two"))
-    assert state_one["state"] == state_two["state"]
-    torch.testing.assert_close(weights(one), weights(two), atol=1e-4, rtol=1e-3)
+    one, two = (read_checkpoint(str(tmp_path / name / "ckpt.pt")) for name in ("one", "two"))
+    assert one["state"] == two["state"]
+    torch.testing.assert_close(weights(restore(one)), weights(restore(two)), atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [["train.py"], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]])
+@pytest.mark.parametrize("launcher", [["train.py"], TORCHRUN])
 def test_kill_minus_9_and_again_gives_the_same_weights(corpus, tmp_path, launcher):
-    """Processes killed in the middle, then the same command: the same bits of weights, with one process and with two."""
+    """Processes killed in the middle, then the same command: the same bits of weights, with one process and with
+    two."""
     root = Path(train_module.__file__).parent
     long = ["--steps", "200", "--checkpoint_every", "20"]
     subprocess.run([sys.executable, *launcher, *flags(corpus, tmp_path / "whole", *long)], cwd=root, check=True)
@@ -368,20 +407,21 @@ def test_kill_minus_9_and_again_gives_the_same_weights(corpus, tmp_path, launche
         assert process.poll() is None
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert load_checkpoint(str(tmp_path / "killed" / "ckpt.pt"))[1]["state"]["step"] < 200
+    assert read_checkpoint(str(tmp_path / "killed" / "ckpt.pt"))["state"]["step"] < 200
     subprocess.run(command, cwd=root, check=True)
-    one, two = (load_checkpoint(str(tmp_path / name / "ckpt.pt"))[0] for name in ("whole", "killed"))
+    one, two = (restore(read_checkpoint(str(tmp_path / name / "ckpt.pt"))) for name in ("whole", "killed"))
     assert torch.equal(weights(one), weights(two))
 
 
 def test_it_starts_from_a_run_folder(corpus, tmp_path):
     main(flags(corpus, tmp_path / "first"))
-    argv = ["--data", str(corpus), "--held_out", "", "--out", str(tmp_path / "second"), "--steps", "1", "--batch_tokens", "64", "--row_tokens",
-            "16", "--learning_rate", "1e-30", "--muon_learning_rate", "1e-30", "--device", "cpu"]
+    argv = ["--data", str(corpus), "--held_out", "", "--out", str(tmp_path / "second"), "--steps", "1",
+            "--batch_tokens", "64", "--row_tokens", "16", "--learning_rate", "1e-30",
+            "--muon_learning_rate", "1e-30", "--device", "cpu"]
     with pytest.raises(FileNotFoundError, match="no checkpoint at .*nowhere"):
         main([*argv, "--init_from", str(tmp_path / "nowhere")])
     main([*argv, "--init_from", str(tmp_path / "first")])
-    one, two = (load_checkpoint(str(tmp_path / name / "ckpt.pt"))[0] for name in ("first", "second"))
+    one, two = (restore(read_checkpoint(str(tmp_path / name / "ckpt.pt"))) for name in ("first", "second"))
     torch.testing.assert_close(weights(one), weights(two))
 
 
@@ -389,6 +429,7 @@ def test_the_embedded_corpus_is_made_where_it_is_missing(tmp_path, monkeypatch):
     """A user's first command, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     main(["--steps", "1", "--device", "cpu"])
-    assert (tmp_path / "data" / "alchemy" / "gold.jsonl").exists() and (tmp_path / "runs" / "train" / "ckpt.pt").exists()
+    assert (tmp_path / "data" / "alchemy" / "gold.jsonl").exists()
+    assert (tmp_path / "runs" / "train" / "ckpt.pt").exists()
     with pytest.raises(FileNotFoundError, match="godl.jsonl"):
         main(["--data", "data/alchemy/godl.jsonl", "--out", "runs/other", "--device", "cpu"])

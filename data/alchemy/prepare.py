@@ -71,7 +71,8 @@ def draw_part(world: World, part: str, count: int, seed: int) -> list[dict]:
 
 
 def without_thoughts(document: dict) -> dict:
-    return document | {"chunks": [{**chunk, "latent": None} if "latent" in chunk else chunk for chunk in document["chunks"]]}
+    chunks = [{**chunk, "latent": None} if "latent" in chunk else chunk for chunk in document["chunks"]]
+    return document | {"chunks": chunks}
 
 
 def all_probes(world: World, seed: int) -> list[dict]:
@@ -85,7 +86,8 @@ def all_probes(world: World, seed: int) -> list[dict]:
     return probes
 
 
-def prepare(out: str, seed: int, gold: int, raw: int, held_out: int, failure: float) -> dict[str, int]:
+def prepare(out: str, seed: int = 0, gold: int = 800, raw: int = 2000, held_out: int = 400,
+            failure: float = 0.1) -> dict[str, int]:
     """Write all files of the corpus into `out`; returns the documents in each."""
     world = make_world(np.random.default_rng([seed, 0]), failure=failure)
     parts = {"gold": draw_part(world, "gold", gold, seed), "oracle": draw_part(world, "raw", raw, seed),

@@ -132,8 +132,8 @@ class World:
         return self.log_evidence(self.read_prefix(prefix), self.read_suffix(suffix))
 
     def grade(self, prefix: str, suffix: str, thoughts: list[str], weights: list[float]) -> tuple[float, float]:
-        """Of weighed thoughts about a document: the weight that lies on valid ones, and the total variation distance to the
-        exact posterior. The weights add up to 1."""
+        """Of weighed thoughts about a document: the weight that lies on valid ones, and the total variation distance to
+        the exact posterior. The weights add up to 1."""
         ingredients, outcome = self.read_prefix(prefix), self.read_suffix(suffix)
         share: dict[tuple[int, ...], float] = {}
         for thought, weight in zip(thoughts, weights, strict=True):
@@ -141,7 +141,8 @@ class World:
             if path is not None and path[-1] == outcome:
                 share[tuple(path)] = share.get(tuple(path), 0.0) + weight
         valid = sum(weight for path, weight in share.items() if self.valid(ingredients, list(path), outcome))
-        overlap = sum(min(weight, np.exp(self.log_posterior(ingredients, list(path)))) for path, weight in share.items())
+        posterior = {path: np.exp(self.log_posterior(ingredients, list(path))) for path in share}
+        overlap = sum(min(weight, posterior[path]) for path, weight in share.items())
         return valid, float(1 - overlap)
 
     # ---- the world as a file

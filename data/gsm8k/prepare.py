@@ -64,15 +64,16 @@ def prepare(source: str, out: str, gold: int, raw: int, held_out: int) -> dict[s
     problems = read_problems(source)
     raw = raw or len(problems) - held_out - gold
     if raw <= 0 or held_out + gold + raw > len(problems):
-        raise ValueError(f"--held_out {held_out} --gold {gold} --raw {raw} are more than the {len(problems)} documents there are")
+        raise ValueError(f"--held_out {held_out} --gold {gold} --raw {raw} are more than the {len(problems)} documents")
     first, second, third = held_out, held_out + gold, held_out + gold + raw
     parts = {"held_out": (problems[:first], False), "gold": (problems[first:second], True),
              "raw": (problems[second:third], False), "oracle": (problems[second:third], True)}
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     for name, (part, thought) in parts.items():
+        lines = (json.dumps(write_document(problem, thought)) + "\n" for problem in part)
         temporary = folder / f"{name}.jsonl.tmp"
-        temporary.write_text("".join(json.dumps(write_document(problem, thought)) + "\n" for problem in part), encoding="utf-8")
+        temporary.write_text("".join(lines), encoding="utf-8")
         os.replace(temporary, folder / f"{name}.jsonl")
     return {name: len(part) for name, (part, _) in parts.items()}
 
