@@ -609,7 +609,6 @@ def join_blocks(folder: Path, blocks: list[Block], out: str) -> None:
     with whole_file(out) as file:
         for n in range(len(blocks)):
             file.write((folder / f"{n:09d}.jsonl").read_bytes())
-    shutil.rmtree(folder)
 
 
 def e_step(model: GPT, tokenizer: Tokenizer, corpus: str, config: SampleConfig, round: int, out: str, ranks: Ranks,
@@ -630,6 +629,8 @@ def e_step(model: GPT, tokenizer: Tokenizer, corpus: str, config: SampleConfig, 
         if ranks.main:
             join_blocks(run / "blocks", blocks, out)
         ranks.barrier()
+    if ranks.main:
+        shutil.rmtree(run / "blocks", ignore_errors=True)
     return json.loads((run / "figures.json").read_text())
 
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Callable, Iterator, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -30,7 +29,7 @@ from data.alchemy.prepare import prepare as make_embedded
 from data.cache import Source, TokenizedCorpus, open_source, vocabulary
 from data.layout import LATENT, MARKER, TEXT, Layout
 from data.loader import Position, Recipe, StepBatch, collate, epoch_rows, training_batches
-from data.run import (Ranks, append_metrics, choose_dtype, choose_once, main_first, open_run, option, parse_config,
+from data.run import (Ranks, append_metrics, choose_dtype, choose_once, open_run, option, parse_config,
                       script, sha256_of, start_ranks, trim_metrics)
 from data.tokens import Tokenizer, tokenizer_of
 from model import GPT, GPTConfig, read_checkpoint, restore, save_checkpoint
@@ -238,11 +237,7 @@ def validate(forward: Forward, tokenizer: Tokenizer, documents, config: TrainCon
         kinds = [there.kinds == kind for kind in (LATENT, TEXT, MARKER)]
         sums[:6] += torch.stack([(nll * kind).sum() for kind in kinds] + [kind.sum() for kind in kinds]).cpu()
         sums[6] += sizes[batch.targets[batch.kinds == TEXT]].sum()
-    if ranks.world > 1:
-        everywhere = sums.to(ranks.device)
-        dist.all_reduce(everywhere)
-        sums = everywhere.cpu()
-    nll, counts, (text_bytes,) = sums.tensor_split([3, 6])
+    nll, counts, (text_bytes,) = ranks.sum(sums.to(ranks.device)).cpu().tensor_split([3, 6])
     if not counts.any():
         return {}
     names = ("val_nll_latent", "val_nll_text", "val_nll_marker")
@@ -252,6 +247,11 @@ def validate(forward: Forward, tokenizer: Tokenizer, documents, config: TrainCon
 
 
 # ---- log -------------------------------------------------------------------------------------------------------
+
+LINE = {"loss": "loss {:.3f}", "nll_text": "text {:.3f}", "nll_latent": "latent {:.3f} nats/token",
+        "grad_norm": "grad {:.2f}", "learning_rate": "lr {:.1e}", "tokens_per_second": "{:,.0f} tok/s",
+        "waiting": "data {:.0%}", "mfu": "mfu {:.1%}", "memory_gib": "{:.1f} GiB"}
+
 
 class Meter:
     """Sums what the steps report, and makes a record of it now and then. Reading it waits for the device."""
@@ -263,52 +263,31 @@ class Meter:
         self.clear()
 
     def clear(self) -> None:
-        self.sums = torch.zeros(3, device=self.ranks.device)
-        self.counts, self.norms, self.steps, self.tokens, self.waited = torch.zeros(3), 0.0, 0, 0, 0.0
-        self.since = time.perf_counter()
+        self.sums, self.counts, self.norms = torch.zeros(3, device=self.ranks.device), torch.zeros(3), []
+        self.tokens, self.waited, self.since = 0, 0.0, time.perf_counter()
 
-    def next(self, batches: Iterator[StepBatch]) -> StepBatch:
-        """The next batch, with the time it takes to make."""
-        start = time.perf_counter()
-        batch = next(batches)
-        self.waited += time.perf_counter() - start
-        return batch
-
-    def add(self, batch: StepBatch, sums: Tensor, norm: Tensor) -> None:
+    def add(self, batch: StepBatch, sums: Tensor, norm: Tensor, waited: float) -> None:
         self.sums += sums
         self.counts += torch.tensor([batch.num_latent, batch.num_observed, batch.num_targets])
-        self.norms, self.steps, self.tokens = self.norms + norm, self.steps + 1, self.tokens + batch.num_tokens
+        self.norms.append(norm)
+        self.tokens, self.waited = self.tokens + batch.num_tokens, self.waited + waited
 
     def record(self, step: int, learning_rate: float) -> dict:
         """The means since the last record, nats over all ranks. Raises ValueError where they are not finite."""
-        if self.ranks.world > 1:
-            dist.all_reduce(self.sums)
-        latent, text, loss = (self.sums.cpu() / self.counts.clamp(min=1)).tolist()
-        norm, seconds = float(self.norms) / self.steps, time.perf_counter() - self.since
+        seconds, norm = time.perf_counter() - self.since, torch.stack(self.norms).mean().item()
+        latent, text, loss = (self.ranks.sum(self.sums).cpu() / self.counts.clamp(min=1)).tolist()
         if not math.isfinite(loss + norm):
-            raise ValueError(f"loss or gradient is not a number in steps {step - self.steps + 1} to {step}; "
+            raise ValueError(f"loss or gradient is not a number in steps {step - len(self.norms) + 1} to {step}; "
                              "ckpt.pt, if there, is of the steps before; lower --learning_rate, with another --out")
         speed = self.tokens / seconds
-        record = {"step": step, "loss": loss} | ({"nll_text": text} if self.counts[1] else {})
-        record |= {"nll_latent": latent} if self.counts[0] else {}
-        record |= {"grad_norm": norm, "learning_rate": learning_rate, "tokens_per_second": speed,
-                   "waiting": self.waited / seconds}
+        record = {"step": step, "loss": loss, "nll_text": text, "nll_latent": latent, "grad_norm": norm,
+                  "learning_rate": learning_rate, "tokens_per_second": speed, "waiting": self.waited / seconds}
         if self.peak:
             record |= {"mfu": speed * self.flops / self.peak / self.ranks.world,
                        "memory_gib": torch.cuda.max_memory_allocated(self.ranks.device) / 2 ** 30}
+        absent = [name for name, count in zip(("nll_latent", "nll_text"), self.counts) if not count]
         self.clear()
-        return record
-
-
-LINE = {"loss": "loss {:.3f}", "nll_text": "text {:.3f}", "nll_latent": "latent {:.3f} nats/token",
-        "grad_norm": "grad {:.2f}", "learning_rate": "lr {:.1e}", "tokens_per_second": "{:,.0f} tok/s",
-        "waiting": "data {:.0%}", "mfu": "mfu {:.1%}", "memory_gib": "{:.1f} GiB"}
-
-
-def line_of(record: dict, steps: int) -> str:
-    """A record for people."""
-    figures = [form.format(record[name]) for name, form in LINE.items() if name in record]
-    return "  ".join([f"step {record['step']}/{steps}", *figures])
+        return {name: value for name, value in record.items() if name not in absent}
 
 
 # ---- train -----------------------------------------------------------------------------------------------------
@@ -325,17 +304,6 @@ def resume(path: str, model: GPT, optimizers, tokenizer: Tokenizer) -> TrainStat
     for optimizer, saved_optimizer in zip(optimizers, saved["optimizers"], strict=True):
         optimizer.load_state_dict(saved_optimizer)
     return TrainState(**saved["state"])
-
-
-def check_same_step(step: int, folder: str, ranks: Ranks) -> None:
-    """Raise ValueError where processes found different checkpoints, as on several nodes that do not share a disk."""
-    if ranks.world > 1:
-        ends = torch.tensor([step, -step], device=ranks.device)
-        dist.all_reduce(ends, dist.ReduceOp.MAX)
-        highest, lowest = ends[0].item(), -ends[1].item()
-        if lowest != highest:
-            raise ValueError(f"{folder} is at step {lowest} on one node and at {highest} on another; "
-                             "put --out on a shared disk")
 
 
 def chosen(config: TrainConfig, model: GPT, folder: str, ranks: Ranks) -> dict:
@@ -358,7 +326,8 @@ def train(model: GPT, tokenizer: Tokenizer, documents, config: TrainConfig, fold
     """
     path, optimizers = os.path.join(folder, "ckpt.pt"), make_optimizers(model, config, ranks.device)
     state = resume(path, model, optimizers, tokenizer)
-    check_same_step(state.step, folder, ranks)
+    if ranks.sum(torch.tensor(state.step, device=ranks.device)) != ranks.world * state.step:
+        raise ValueError(f"{folder} is not at the same step on every node; put --out on a shared disk")
     if ranks.main:
         trim_metrics(folder, state.step)
     forward = Forward(model, **chosen(config, model, folder, ranks), ranks=ranks)
@@ -367,10 +336,11 @@ def train(model: GPT, tokenizer: Tokenizer, documents, config: TrainConfig, fold
     bar = tqdm(range(state.step + 1, config.steps + 1), desc=title, initial=state.step, total=config.steps, unit="step",
                leave=False, disable=not ranks.main)
     for state.step in bar:
-        batch = meter.next(batches)
+        start = time.perf_counter()
+        batch, waited = next(batches), time.perf_counter() - start
         sums, norm = train_step(model, forward, optimizers, batch, state.step - 1, config, ranks)
         state.count(batch)
-        meter.add(batch, sums, norm)
+        meter.add(batch, sums, norm, waited)
         save = state.step % config.checkpoint_every == 0 or state.step == config.steps
         if save or state.step % config.log_every == 0:
             record = meter.record(state.step, config.learning_rate * schedule(state.step - 1, config))
@@ -436,26 +406,19 @@ def validation_config(config: TrainConfig, state: TrainState) -> TrainConfig:
     return replace(config, plain_as="no_thought") if taught else config
 
 
-def report_held_out(forward: Forward, tokenizer: Tokenizer, held_out, config: MainConfig, state: TrainState,
-                    ranks: Ranks) -> None:
-    """Print and log the validation."""
-    record = validate(forward, tokenizer, held_out, validation_config(config, state), ranks)
-    figures = ", ".join(f"{name[4:]} {value:.3f}" for name, value in record.items())
-    ranks.say(f"  held-out: {figures or 'nothing to predict'}")
-    if ranks.main:
-        append_metrics(config.out, {"step": state.step, **record})
-
-
 def main(argv=None) -> None:
     config = parse_config(MainConfig(), argv, __doc__)
     ranks, init = start_ranks(config.device), config.init_from
     init = os.path.join(init, "ckpt.pt") if os.path.isdir(init) else init
     saved = read_checkpoint(init) if init else None
     check_rows(config, saved["model_config"].context if saved else config.model.context)
-    with main_first(ranks):
-        sources = open_sources(config)
-        model, tokenizer = open_model(config, saved, sources)
-        documents, *held_out = [TokenizedCorpus(source, tokenizer) for source in sources]
+    if not ranks.main:
+        ranks.barrier()         # the main rank makes first what the others then find
+    sources = open_sources(config)
+    model, tokenizer = open_model(config, saved, sources)
+    documents, *held_out = [TokenizedCorpus(source, tokenizer) for source in sources]
+    if ranks.main:
+        ranks.barrier()
     model.to(ranks.device)
     open_run(config.out, config, ranks, data_sha256=" ".join(source.digest[:16] for source in sources),
              init_sha256=sha256_of(init)[:16] if init else "")
@@ -463,11 +426,18 @@ def main(argv=None) -> None:
     ranks.say(f"training {model.num_parameters():,} parameters on {len(documents):,} documents of {config.data}, "
               f"{ranks.world} process(es) on {ranks.device}, in {how['dtype']}" + ", compiled" * how["compile"])
 
-    def at_checkpoint(state: TrainState, forward: Forward) -> None:
+    def say(record: dict) -> None:
+        figures = [form.format(record[name]) for name, form in LINE.items() if name in record]
+        ranks.say("  ".join([f"step {record['step']}/{config.steps}", *figures]))
+
+    def report_held_out(state: TrainState, forward: Forward) -> None:
         for part in held_out:
-            report_held_out(forward, tokenizer, part, config, state, ranks)
-    state = train(model, tokenizer, documents, config, config.out, ranks, at_checkpoint=at_checkpoint,
-                  at_record=lambda record: ranks.say(line_of(record, config.steps)))
+            record = validate(forward, tokenizer, part, validation_config(config, state), ranks)
+            figures = ", ".join(f"{name[4:]} {value:.3f}" for name, value in record.items())
+            ranks.say(f"  held-out: {figures or 'nothing to predict'}")
+            if ranks.main:
+                append_metrics(config.out, {"step": state.step, **record})
+    state = train(model, tokenizer, documents, config, config.out, ranks, at_checkpoint=report_held_out, at_record=say)
     ranks.say(f"{config.out}/ckpt.pt: {state.step} steps, {state.tokens:,} tokens, {state.observed_tokens:,} observed")
 
 

@@ -156,21 +156,15 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
-
-@contextlib.contextmanager
-def main_first(ranks: Ranks):
-    """What the main rank makes in here the others find when their turn comes."""
-    if not ranks.main:
-        ranks.barrier()
-    try:
-        yield
-    finally:
-        if ranks.main:
-            ranks.barrier()
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Over all ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
 
 
 def keep_freed_memory() -> None:
-    """Have malloc use freed memory again: glibc gives that of large tensors back, and the system clears each new page."""
+    """Have malloc use freed memory again: glibc gives that of large tensors back, and new pages have to be cleared."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):      # another C library than glibc
             libc = ctypes.CDLL("libc.so.6")
