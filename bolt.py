@@ -20,7 +20,6 @@ import json
 import math
 import multiprocessing
 import os
-import sys
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -36,11 +35,11 @@ from data.corpus import Document, encode_corpus, read_corpus, texts_of
 from data.layout import TEXT, Layout, Sequence
 from data.loader import Position, training_batches
 from data.report import curves_of, mean, model_rows, models_table, per_unit, plot, read_records, rounds_table
-from data.run import Ranks, choose_dtype, open_run, option, parse_config, script, sha256_of, start_ranks, write_whole
+from data.run import Ranks, open_run, option, parse_config, script, sha256_of, start_ranks, write_whole
 from data.tokens import Tokenizer, tokenizer_for
 from model import GPT, read_checkpoint, restore
-from sample_latents import (Evidence, Place, SampleConfig, at_precision, check_room, complete, e_step, importance_bound,
-                            infer, score, survey, think_and_answer)
+from sample_latents import (Block, Evidence, Place, SampleConfig, at_precision, check_room, chosen_dtype, complete,
+                            e_step, importance_bound, infer, score, survey, think_and_answer)
 from train import TrainConfig, TrainState, check_rows, train
 
 
@@ -121,29 +120,31 @@ def main(argv=None) -> None:
     if second:
         second.join()
         if second.exitcode:
-            raise ValueError(f"a baseline failed; {config.out}/beside.log says why")
+            raise ValueError("a baseline failed, see above; the same command goes on")
     if ranks.main:
         ranks.say(f"\n{report(lab)}\n\n{config.out}/report.md, after {time.time() - start:.0f} s")
 
 
 def two_processes(ranks: Ranks) -> bool:
-    """Small models gain little from a second thread and much from a second process."""
-    return ranks.world == 1 and ranks.device.type == "cpu" and os.cpu_count() > 1
+    """Small models gain little from a second thread and much from a second process (OMP_NUM_THREADS=1: neither)."""
+    return ranks.world == 1 and ranks.device.type == "cpu" and torch.get_num_threads() > 1
 
 
 def start_beside(config: BoltConfig, names: list[str]) -> multiprocessing.Process:
-    """Run some arms in a second process, which ends with this one."""
-    torch.set_num_threads(max(1, os.cpu_count() // 2))
-    process = multiprocessing.get_context("spawn").Process(target=run_beside, args=(config, names), daemon=True)
+    """Run some arms in a second process, which ends with this one and shows no progress bars."""
+    torch.set_num_threads(torch.get_num_threads() // 2)
+    arguments = (config, names, torch.get_num_threads())
+    process = multiprocessing.get_context("spawn").Process(target=run_beside, args=arguments, daemon=True)
+    os.environ["TQDM_DISABLE"] = "1"
     process.start()
+    del os.environ["TQDM_DISABLE"]
     return process
 
 
-def run_beside(config: BoltConfig, names: list[str]) -> None:
-    """The second process; its progress bars go to beside.log, its lines where all go."""
+def run_beside(config: BoltConfig, names: list[str], threads: int) -> None:
+    """The second process."""
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-    sys.stderr = open(f"{config.out}/beside.log", "a", buffering=1)
-    torch.set_num_threads(max(1, os.cpu_count() // 2))
+    torch.set_num_threads(threads)
     script(lambda argv: run_arms(open_lab(config, start_ranks(config.device)), names))
 
 
@@ -170,9 +171,9 @@ def em(lab: "Lab", name: str) -> None:
     for t in tqdm(range(1, config.rounds + 1), desc=f"{name} rounds", leave=False, disable=not lab.ranks.main):
         out = f"{config.out}/{name}/round_{t}"
         drawn = f"{out}/latents.jsonl"
-        figures = e_step(model, lab.tokenizer, raw, sample, t, drawn, lab.ranks)      # z ~ q, kept by its weight p / q
+        figures = e_step(model, lab.tokenizer, raw, lab.blocks, sample, t, drawn, lab.ranks)     # z ~ q, kept by p / q
         latents = encode_corpus(read_corpus(drawn), lab.tokenizer)
-        model, state = fit(lab, latents, m_step(config, t), out, base=warm)           # fit p(z, x) and q(z | x)
+        model, state = fit(lab, latents, m_step(config, t), out, base=warm)                      # fit p and q
         passes += sum(figures[f"{kind}_tokens"] for kind in ("prefilled", "sampled", "scored")) + 3 * state.tokens
         weigh = name == "em" or t == config.rounds
         measure(lab, f"{out}/step_last.json", passes, lambda: {"e_step": figures} | evaluate(lab, model, weigh=weigh))
@@ -185,7 +186,7 @@ def m_step(config: BoltConfig, round: int) -> TrainConfig:
 def sample_config(config: BoltConfig, draws: int) -> SampleConfig:
     """An E-step's settings. A single draw is not weighed, so it comes from the model as it is, at temperature 1."""
     sample = replace(config.sample, num_latents=draws or config.sample.num_latents, seed=config.seed)
-    return replace(sample, temperature=1.0) if draws == 1 else sample
+    return replace(sample, temperature=1.0) if sample.num_latents == 1 else sample
 
 
 def fit(lab: "Lab", documents: list[Document], config: TrainConfig, folder: str, base: GPT | None = None,
@@ -245,10 +246,10 @@ def steps_of_budget(lab: "Lab", arm: Arm, documents: list[Document], settings: T
     if arm.budget == "loop":
         record = f"{config.out}/em/round_{config.rounds}/step_last.json"
         wait_for(record)
-        return round(json.loads(Path(record).read_text())["passes"] / 3 / tokens)
+        return max(1, round(json.loads(Path(record).read_text())["passes"] / 3 / tokens))
     gold_tokens, gold_observed = per_step(lab, lab.corpora["gold"], settings)
     share = gold_observed / observed if arm.budget == "observed tokens" else gold_tokens / tokens
-    return round((warm + m) * share)
+    return max(1, round((warm + m) * share))
 
 
 def per_step(lab: "Lab", documents: list[Document], settings: TrainConfig) -> tuple[float, float]:
@@ -280,7 +281,7 @@ def evaluate(lab: "Lab", model: GPT, thinks: bool = True, weigh: bool = True) ->
     bound of a model that thinks, else exact; None where every draw was unfinished. hidden, known: see
     data/alchemy/claims.py. With weigh=False nothing is drawn.
     """
-    model = at_precision(model, choose_dtype(lab.config.sample.dtype, model.config.width, lab.ranks.device))
+    model = at_precision(model, chosen_dtype(lab.config.out, lab.config.sample, model.config, lab.ranks))
     held_out, records = lab.corpora["held_out"], [document.record for document in lab.corpora["held_out"]]
     places = [(document, c) for document in held_out for c, chunk in enumerate(document.chunks) if not chunk.given]
     scores = {"tokens": [observed_tokens(document) for document in held_out],
@@ -341,12 +342,13 @@ def per_document(places: list[Place], values: list[float]) -> list[float | None]
 def answers_right(lab: "Lab", model: GPT, documents: list[Document], mode: str) -> list[bool]:
     """Whether the greedy answer in the last chunk is the document's. mode: thought, no_thought or raw."""
     layout, places = lab.layout, [(document, len(document.chunks) - 1) for document in documents]
-    longest, cap = longest_answer(documents), lab.config.sample.max_latent_tokens
+    longest, sample = longest_answer(documents), lab.config.sample
     if mode == "thought":
-        _, answers = think_and_answer(model, layout, [layout.prior_prompt(*place) for place in places], cap, longest)
+        prompts = [layout.prior_prompt(*place) for place in places]
+        _, answers = think_and_answer(model, layout, prompts, sample.max_latent_tokens, longest, sample.rows)
     else:
         prompts = [layout.direct_prompt(*place, no_thought=mode == "no_thought") for place in places]
-        answers = complete(model, layout, prompts, [layout.eos, layout.sol], longest)
+        answers = complete(model, layout, prompts, [layout.eos, layout.sol], longest, sample.rows)
     return [final_answer(layout.tokenizer.decode(ids)) == document.record.get("answer")
             for ids, document in zip(answers, documents)]
 
@@ -369,13 +371,15 @@ CORPORA = ("gold", "raw", "held_out", "probes", "oracle")     # only the embedde
 @dataclass(frozen=True)
 class Lab:
     """What every arm works with: the corpora of `folder`. gold has thoughts, raw has none; held_out and probes are for
-    evaluation only; oracle is raw with its true thoughts; world is the table behind the embedded corpus, else None."""
+    evaluation only; oracle is raw with its true thoughts; blocks are those of raw, see `survey`; world is the table
+    behind the embedded corpus, else None."""
     config: BoltConfig
     ranks: Ranks
     folder: Path
     tokenizer: Tokenizer
     layout: Layout
     corpora: dict[str, list[Document]]
+    blocks: list[Block]
     world: World | None
 
 
@@ -391,7 +395,7 @@ def corpus_digest(folder: str) -> str:
 def open_lab(config: BoltConfig, ranks: Ranks) -> Lab:
     """Read the corpora; the embedded one is made where it is missing. ValueError for what would only show up late."""
     folder = Path(config.data or f"{config.out}/corpus")
-    if not config.data and ranks.main and not (folder / "world.json").exists():
+    if not config.data and ranks.main and not Path(config.out, "config.json").exists():
         make_embedded(folder, config.seed)
     ranks.barrier()
     paths = {name: folder / f"{name}.jsonl" for name in CORPORA}
@@ -403,22 +407,23 @@ def open_lab(config: BoltConfig, ranks: Ranks) -> Lab:
         if not any(map(observed_tokens, corpora[name])):
             raise ValueError(f"{paths[name]} has no text to predict; every chunk is given, or empty")
     world = World.from_json((folder / "world.json").read_text()) if (folder / "world.json").exists() else None
-    lab = Lab(config, ranks, folder, tokenizer, Layout(tokenizer), corpora, world)
-    check_context(lab)
-    return lab
+    layout = Layout(tokenizer)
+    for name in {"held_out", "probes"} & corpora.keys():
+        check_context(layout, corpora[name], config, f"{folder}/{name}.jsonl")
+    blocks = survey(f"{folder}/raw.jsonl", layout, config.sample, config.train.model.context)
+    return Lab(config, ranks, folder, tokenizer, layout, corpora, blocks, world)
 
 
-def check_context(lab: Lab) -> None:
-    """Raise ValueError where an E-step or an evaluation would not fit the model, before anything is trained."""
-    context, thought = lab.config.train.model.context, lab.config.sample.max_latent_tokens
-    survey(f"{lab.folder}/raw.jsonl", lab.layout, lab.config.sample, context)
-    for name in {"held_out", "probes"} & lab.corpora.keys():
-        answer = longest_answer(lab.corpora[name])
-        for document in lab.corpora[name]:
-            for c in range(len(document.chunks)):
-                what = f"the prompt of chunk {c} in line {document.index + 1} of {name}.jsonl"
-                check_room(context, len(lab.layout.posterior_prompt(document, c)), thought, what)
-                check_room(context, len(lab.layout.prior_prompt(document, c)), thought + 1 + answer, what)
+def check_context(layout: Layout, documents: list[Document], config: BoltConfig, path: str) -> None:
+    """Raise ValueError where the evaluation of a document would not fit the model, before anything is trained."""
+    context, thought = config.train.model.context, config.sample.max_latent_tokens
+    answer = thought + 1 + longest_answer(documents) if "answer" in documents[0].record else 0
+    for document in documents:
+        last, what = len(document.chunks) - 1, f"a prompt of {path}:{document.index + 1}"
+        for c, chunk in enumerate(document.chunks):
+            if not chunk.given:
+                check_room(context, len(layout.posterior_prompt(document, c)), thought, what)
+        check_room(context, len(layout.prior_prompt(document, last)), answer, what)
 
 
 # ---- report ----------------------------------------------------------------------------------------------------
@@ -456,13 +461,9 @@ def model_labels(config: BoltConfig) -> dict[str, str]:
     """Folder of each model -> its name in the table, in the order of the table."""
     labels = {}
     for name, arm in ARMS.items():
-        if name == "em":
-            for t in range(1, config.rounds + 1):
-                labels[f"em/round_{t}"] = f"EM, K = {config.sample.num_latents}, round {t}"
-        elif arm.draws is None:
-            labels[name] = arm.label
-        else:
-            labels[f"{name}/round_{config.rounds}"] = f"{arm.label}, last round"
+        label = f"EM, K = {config.sample.num_latents}" if name == "em" else arm.label
+        rounds = [] if arm.draws is None else range(1, config.rounds + 1) if name == "em" else [config.rounds]
+        labels |= {f"{name}/round_{t}": f"{label}, round {t}" for t in rounds} or {name: label}
     return labels
 
 

@@ -37,7 +37,7 @@ from data.report import show_chunk
 from data.run import (Ranks, choose_dtype, choose_once, open_run, option, parse_config, random_stream, script,
                       sha256_of, start_ranks, whole_file, write_whole)
 from data.tokens import Tokenizer
-from model import GPT, Branches, Prompts, read_checkpoint, restore
+from model import GPT, Branches, GPTConfig, Prompts, read_checkpoint, restore
 
 
 BATCH_TOKENS = {"cpu": 2 ** 12, "cuda": 2 ** 16, "mps": 2 ** 13}        # that are prefilled or scored at once
@@ -327,21 +327,22 @@ def propose(model: GPT, layout: Layout, places: list[Place], config: SampleConfi
                     temperature=config.temperature, rows=config.rows, ended=ended)
 
 
-def complete(model: GPT, layout: Layout, prompts: list[list[int]], ends: list[int], max_tokens: int) -> list[list[int]]:
+def complete(model: GPT, layout: Layout, prompts: list[list[int]], ends: list[int], max_tokens: int,
+             rows: int) -> list[list[int]]:
     """Greedy continuations of N prompts until one of the markers `ends`, which is left out, or for max_tokens."""
-    no_numbers = torch.zeros(len(prompts), 1, max_tokens)
-    return generate(model, prompts, no_numbers, stop=ends, banned=markers_but(layout, ends), greedy=True).ids
+    no_numbers, banned = torch.zeros(len(prompts), 1, max_tokens), markers_but(layout, ends)
+    return generate(model, prompts, no_numbers, stop=ends, banned=banned, rows=rows, greedy=True).ids
 
 
 def think_and_answer(model: GPT, layout: Layout, prompts: list[list[int]], thought_tokens: int,
-                     answer_tokens: int) -> tuple[list[list[int]], list[list[int]]]:
+                     answer_tokens: int, rows: int) -> tuple[list[list[int]], list[list[int]]]:
     """The greedy thought after each prior prompt, and the greedy text after that.
 
     A thought that reaches its cap is closed there, since an answer is wanted all the same.
     """
-    thoughts = complete(model, layout, prompts, [layout.eol], thought_tokens)
+    thoughts = complete(model, layout, prompts, [layout.eol], thought_tokens, rows)
     prompts = [[*prompt, *thought, layout.eol] for prompt, thought in zip(prompts, thoughts)]
-    return thoughts, complete(model, layout, prompts, [layout.eos, layout.sol], answer_tokens)
+    return thoughts, complete(model, layout, prompts, [layout.eos, layout.sol], answer_tokens, rows)
 
 
 # ---- score -----------------------------------------------------------------------------------------------------
@@ -353,16 +354,18 @@ def score(model: GPT, prompts: list[list[int]], owners: list[int], sequences: li
     Prompts of like length are prefilled together and kept while what follows them is scored, in batches by length.
     """
     device, log_p = model.embedding.weight.device, torch.zeros(len(sequences))
+    most = BATCH_TOKENS[device.type]
+    few = min(most, 2 ** 30 // (model.config.heads * model.config.context))       # attention's scores take room too
     of_prompt: list[list[int]] = [[] for _ in prompts]
     for number, owner in enumerate(owners):
         of_prompt[owner].append(number)
         check_room(model.config.context, len(prompts[owner]), len(sequences[number].ids) - 1)
-    for group in length_batches([len(prompt) for prompt in prompts], BATCH_TOKENS[device.type]):
+    for group in length_batches([len(prompt) for prompt in prompts], most):
         cache = Prompts(model.config, len(group), len(prompts[group[0]]) - 1, device, model.dtype)
         prompt_slots = prefill(model, cache, [prompts[n] for n in group])
         numbers = [number for n in group for number in of_prompt[n]]
         owner = np.repeat(np.arange(len(group)), [len(of_prompt[n]) for n in group])
-        for part in length_batches([len(sequences[number].ids) for number in numbers], BATCH_TOKENS[device.type]):
+        for part in length_batches([len(sequences[number].ids) for number in numbers], few):
             here = [numbers[i] for i in part]
             # a sequence starts with the last token of its prompt, which is not in the cache
             rows = [[sequences[number].after(prompts[owners[number]][-1:])] for number in here]
@@ -545,15 +548,11 @@ def annotate_block(model: GPT, layout: Layout, documents: list[Document], config
     return list(records.values()), sums_of(evidence)
 
 
-@dataclass(frozen=True)
-class Block:
-    """Whole documents that are drawn for together: the canonical batch, whoever computes it and whenever."""
-    documents: int
-    chunks: int
+Block = tuple[int, int]     # documents and chunks that are drawn for together, whoever does it and whenever
 
 
 def survey(corpus: str, layout: Layout, config: SampleConfig, context: int) -> list[Block]:
-    """Cut a corpus into blocks; every line is read and laid out before work begins.
+    """Cut a corpus into blocks of whole documents; every line is read and laid out before work begins.
 
     Raises ValueError, naming file, line and chunk, for what could not be drawn for.
     """
@@ -565,10 +564,10 @@ def survey(corpus: str, layout: Layout, config: SampleConfig, context: int) -> l
                 prompt = layout.posterior_prompt(document, c)
                 check_room(context, len(prompt), config.max_latent_tokens, f"the prompt of chunk {c}")
         documents, chunks = documents + 1, chunks + len(places)
-        if chunks >= config.block_chunks:
-            blocks.append(Block(documents, chunks))
+        if max(documents, chunks) >= config.block_chunks:
+            blocks.append((documents, chunks))
             documents, chunks = 0, 0
-    return [*blocks, Block(documents, chunks)] if documents else blocks
+    return [*blocks, (documents, chunks)] if documents else blocks
 
 
 def at_precision(model: GPT, dtype: str) -> GPT:
@@ -576,15 +575,20 @@ def at_precision(model: GPT, dtype: str) -> GPT:
     return model if model.dtype == getattr(torch, dtype) else copy.deepcopy(model).to(getattr(torch, dtype))
 
 
+def chosen_dtype(folder, config: SampleConfig, shape: GPTConfig, ranks: Ranks) -> str:
+    """What the products of a run are computed in, as it began."""
+    return choose_once(folder, {"dtype": choose_dtype(config.dtype, shape.width, ranks.device)}, ranks)["dtype"]
+
+
 def draw_blocks(model: GPT, layout: Layout, corpus: str, config: SampleConfig, round: int, folder: Path,
                 blocks: list[Block], ranks: Ranks) -> None:
     """Write what is missing of this process's blocks: lines, then the sums that say that they are whole."""
     mine = {n for n in range(ranks.rank, len(blocks), ranks.world) if not (folder / f"{n:09d}.json").exists()}
-    draws, total, start = sum(blocks[n].chunks for n in mine) * config.num_latents, Counter(), time.time()
+    draws, total, start = sum(blocks[n][1] for n in mine) * config.num_latents, Counter(), time.time()
     bar = tqdm(total=draws, desc="E-step", unit="draw", leave=False, disable=not ranks.main)
     lines, summary = numbered_lines(corpus), ""
-    for n, block in enumerate(blocks):
-        here = list(itertools.islice(lines, block.documents))
+    for n, (count, _) in enumerate(blocks):
+        here = list(itertools.islice(lines, count))
         if n in mine:
             documents = [read_document(corpus, number, line, layout.tokenizer, config.redraw) for number, line in here]
             records, sums = annotate_block(model, layout, documents, config, round, bar.update)
@@ -611,20 +615,18 @@ def join_blocks(folder: Path, blocks: list[Block], out: str) -> None:
             file.write((folder / f"{n:09d}.jsonl").read_bytes())
 
 
-def e_step(model: GPT, tokenizer: Tokenizer, corpus: str, config: SampleConfig, round: int, out: str, ranks: Ranks,
-           blocks: list[Block] | None = None) -> dict:
-    """Write the corpus with a drawn latent per chunk to `out`; returns its figures. blocks: those of `survey`.
+def e_step(model: GPT, tokenizer: Tokenizer, corpus: str, blocks: list[Block], config: SampleConfig, round: int,
+           out: str, ranks: Ranks) -> dict:
+    """Write the corpus, of which `survey` gave the blocks, with a drawn latent per chunk to `out`; returns its figures.
 
     Blocks are dealt to the ranks; a run that was killed goes on after the last whole one. A block is computed alike on
     any rank, so the file has the same bytes for any number of them (on a CPU, with as many threads; elsewhere floating
     point may flip a rare token). One block is in memory at a time. The folder `out`.run has what is not the corpus.
     """
-    run, layout = Path(f"{out}.run"), Layout(tokenizer)
+    run = Path(f"{out}.run")
     if not os.path.exists(out):
-        here = {"dtype": choose_dtype(config.dtype, model.config.width, ranks.device)}
-        model = at_precision(model, **choose_once(run, here, ranks))
-        blocks = survey(corpus, layout, config, model.config.context) if blocks is None else blocks
-        draw_blocks(model, layout, corpus, config, round, run / "blocks", blocks, ranks)
+        model = at_precision(model, chosen_dtype(run, config, model.config, ranks))
+        draw_blocks(model, Layout(tokenizer), corpus, config, round, run / "blocks", blocks, ranks)
         ranks.barrier()
         if ranks.main:
             join_blocks(run / "blocks", blocks, out)
@@ -662,23 +664,24 @@ def think(model: GPT, tokenizer: Tokenizer, config: MainConfig) -> Iterator[str]
     """The most likely thought after --prompt, token by token, and the most likely text after that."""
     text, layout = re.sub(r"\s+([,.;:!?])", r"\1", config.prompt), Layout(tokenizer)     # "fire , salt" is "fire, salt"
     prompt = layout.prior_prompt(Document(0, [Chunk(tokenizer.encode(text), given=True)], {}), 1)
-    thoughts, answers = think_and_answer(model, layout, [prompt], config.max_latent_tokens, config.max_latent_tokens)
+    thoughts, answers = think_and_answer(model, layout, [prompt], *[config.max_latent_tokens] * 2, config.rows)
     yield f"prompt   {text}"
     yield f"thought  {tokenizer.decode(thoughts[0]).strip()}"
     yield f"answer   {tokenizer.decode(answers[0]).strip()}"
 
 
-def annotate_corpus(state: dict, tokenizer: Tokenizer, config: MainConfig, dtype: str, ranks: Ranks) -> None:
+def annotate_corpus(state: dict, tokenizer: Tokenizer, config: MainConfig, ranks: Ranks) -> None:
     """The E-step as a command: everything is checked first, the settings stand beside the output, figures come last."""
     if os.path.exists(config.out) and not os.path.exists(f"{config.out}.run/config.json"):
         raise ValueError(f"{config.out} is there without its {config.out}.run; give another --out, or delete it")
     blocks = survey(config.data, Layout(tokenizer), config, state["model_config"].context)
-    open_run(f"{config.out}.run", config, ranks, checkpoint_sha256=sha256_of(config.checkpoint),
-             data_sha256=sha256_of(config.data))
-    ranks.say(f"drawing {config.num_latents} thoughts for each of {sum(block.chunks for block in blocks):,} chunks of "
+    hashes = {"checkpoint_sha256": config.checkpoint, "data_sha256": config.data} if ranks.main else {}
+    open_run(f"{config.out}.run", config, ranks, **{name: sha256_of(path) for name, path in hashes.items()})
+    dtype = chosen_dtype(f"{config.out}.run", config, state["model_config"], ranks)
+    ranks.say(f"drawing {config.num_latents} thoughts for each of {sum(chunks for _, chunks in blocks):,} chunks of "
               f"{config.data} on {ranks.device}, in {dtype}")
     model = restore(state, ranks.device)
-    figures = e_step(model, tokenizer, config.data, config, config.round, config.out, ranks, blocks)
+    figures = e_step(model, tokenizer, config.data, blocks, config, config.round, config.out, ranks)
     ranks.say(json.dumps(figures, indent=1))
 
 
@@ -686,9 +689,9 @@ def main(argv=None) -> None:
     config = parse_config(MainConfig(), argv, __doc__)
     ranks, state = start_ranks(config.device), read_checkpoint(config.checkpoint)
     tokenizer = Tokenizer(**state["tokenizer"])
-    dtype = choose_dtype(config.dtype, state["model_config"].width, ranks.device)
     if not config.prompt and not config.show:
-        return annotate_corpus(state, tokenizer, config, dtype, ranks)
+        return annotate_corpus(state, tokenizer, config, ranks)
+    dtype = choose_dtype(config.dtype, state["model_config"].width, ranks.device)
     model = at_precision(restore(state, ranks.device), dtype)
     for text in (think if config.prompt else show)(model, tokenizer, config):
         ranks.say(text)

@@ -29,8 +29,8 @@ from data.alchemy.prepare import prepare as make_embedded
 from data.cache import Source, TokenizedCorpus, open_source, vocabulary
 from data.layout import LATENT, MARKER, TEXT, Layout
 from data.loader import Position, Recipe, StepBatch, collate, epoch_rows, training_batches
-from data.run import (Ranks, append_metrics, choose_dtype, choose_once, open_run, option, parse_config,
-                      script, sha256_of, start_ranks, trim_metrics)
+from data.run import (Ranks, append_metrics, choose_dtype, choose_once, open_run, option, parse_config, script,
+                      sha256_of, start_ranks, trim_metrics)
 from data.tokens import Tokenizer, tokenizer_of
 from model import GPT, GPTConfig, read_checkpoint, restore, save_checkpoint
 
@@ -174,7 +174,7 @@ class Forward:
     """The model as training calls it: compiled or not, in bfloat16 or float32, in one process or many."""
 
     def __init__(self, model: GPT, dtype: str, compile: bool, ranks: Ranks):
-        self.module = torch.compile(model) if compile else model
+        self.module = torch.compile(model, dynamic=False) if compile else model
         self.module = DistributedDataParallel(self.module, broadcast_buffers=False) if ranks.world > 1 else self.module
         self.autocast = torch.autocast(ranks.device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
         self.no_sync = self.module.no_sync if ranks.world > 1 else contextlib.nullcontext
@@ -256,9 +256,9 @@ LINE = {"loss": "loss {:.3f}", "nll_text": "text {:.3f}", "nll_latent": "latent 
 class Meter:
     """Sums what the steps report, and makes a record of it now and then. Reading it waits for the device."""
 
-    def __init__(self, model: GPT, config: TrainConfig, ranks: Ranks):
+    def __init__(self, model: GPT, config: TrainConfig, dtype: str, ranks: Ranks):
         self.ranks, self.flops = ranks, model.training_flops(config.row_tokens)
-        name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ""
+        name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" and dtype == "bfloat16" else ""
         self.peak = next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)
         self.clear()
 
@@ -309,8 +309,10 @@ def resume(path: str, model: GPT, optimizers, tokenizer: Tokenizer) -> TrainStat
 def chosen(config: TrainConfig, model: GPT, folder: str, ranks: Ranks) -> dict:
     """The dtype of the products and whether to compile, as the run in this folder began: by hardware and size alone."""
     flops = config.steps * config.batch_tokens * model.training_flops(config.row_tokens)
-    compiler = bool(shutil.which("g++") or shutil.which("clang++"))
-    worth = flops >= COMPILE_FROM.get(ranks.device.type, math.inf) and compiler
+    worth = flops >= COMPILE_FROM.get(ranks.device.type, math.inf)
+    if worth and ranks.device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+        ranks.say("not compiled: there is no g++ or clang++")
+        worth = False
     compile = worth if config.compile == "auto" else config.compile == "on"
     dtype = choose_dtype(config.dtype, model.config.width, ranks.device)
     return choose_once(folder, {"dtype": dtype, "compile": compile}, ranks)
@@ -330,9 +332,9 @@ def train(model: GPT, tokenizer: Tokenizer, documents, config: TrainConfig, fold
         raise ValueError(f"{folder} is not at the same step on every node; put --out on a shared disk")
     if ranks.main:
         trim_metrics(folder, state.step)
-    forward = Forward(model, **chosen(config, model, folder, ranks), ranks=ranks)
+    how = chosen(config, model, folder, ranks)
+    forward, meter = Forward(model, **how, ranks=ranks), Meter(model, config, how["dtype"], ranks)
     batches = training_batches(documents, Layout(tokenizer), config, Position(*state.position), ranks)
-    meter = Meter(model, config, ranks)
     bar = tqdm(range(state.step + 1, config.steps + 1), desc=title, initial=state.step, total=config.steps, unit="step",
                leave=False, disable=not ranks.main)
     for state.step in bar:
@@ -421,7 +423,7 @@ def main(argv=None) -> None:
         ranks.barrier()
     model.to(ranks.device)
     open_run(config.out, config, ranks, data_sha256=" ".join(source.digest[:16] for source in sources),
-             init_sha256=sha256_of(init)[:16] if init else "")
+             init_sha256=sha256_of(init)[:16] if init and ranks.main else "")
     how = chosen(config, model, config.out, ranks)
     ranks.say(f"training {model.num_parameters():,} parameters on {len(documents):,} documents of {config.data}, "
               f"{ranks.world} process(es) on {ranks.device}, in {how['dtype']}" + ", compiled" * how["compile"])

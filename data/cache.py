@@ -1,7 +1,7 @@
 """A corpus tokenised once, by all cores, into files beside it, from which documents are read one at a time.
 
     CORPUS.jsonl.tokens/CONTENT.CODE.ENCODING.vocabulary     the tokens that occur
-    CORPUS.jsonl.tokens/CONTENT.CODE.VOCABULARY.numbers      the documents, one after the other, see `to_numbers`
+    CORPUS.jsonl.tokens/CONTENT.CODE.VOCABULARY.documents    the documents, one after the other, see `to_bytes`
     CORPUS.jsonl.tokens/CONTENT.CODE.VOCABULARY.starts.npy   where each of them starts, and the end
 
 CONTENT, CODE and VOCABULARY are hashes: a changed corpus, chunker or tokenizer never meets old files, and all of them
@@ -9,10 +9,11 @@ may be deleted at any time. Memory does not grow with the corpus, but for eight 
 """
 import hashlib
 import json
+import marshal
 import multiprocessing
 import os
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Callable, Iterator
@@ -26,7 +27,7 @@ from data.tokens import Tokenizer, tokens_of
 
 PART_BYTES = 2 ** 23        # of a corpus that a core tokenises at a time
 SOURCES = [Path(__file__).with_name(name) for name in ("cache.py", "corpus.py", "tokens.py")]
-CODE = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()[:8]
+CODE = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES) + str(marshal.version).encode()).hexdigest()[:8]
 
 
 # ---- a corpus in parts, for all cores --------------------------------------------------------------------------
@@ -84,47 +85,21 @@ def vocabulary(source: Source, encoding: str) -> set[bytes]:
     return {token.encode("latin-1") for token in json.loads(file.read_text(encoding="utf-8"))}
 
 
-# ---- a document as numbers -------------------------------------------------------------------------------------
-
-SUFFIX, GIVEN_SUFFIX, LATENT, DRAW = range(4)       # the role of a piece; a chunk starts with its suffix
-
-
-def to_numbers(document: Document) -> np.ndarray:
-    """Of each piece its role, its length, its weight as the bits of a float32, and its ids: (n,) int32.
-
-    What training does not need of a line is left out.
-    """
-    numbers = []
-    for chunk in document.chunks:
-        pieces = [(GIVEN_SUFFIX if chunk.given else SUFFIX, 0.0, chunk.suffix)]
-        pieces += [(LATENT, 0.0, chunk.latent)] if chunk.latent is not None else []
-        pieces += [(DRAW, weight, ids) for weight, ids in zip(chunk.weights, chunk.draws)]
-        for role, weight, ids in pieces:
-            numbers += [role, len(ids), int(np.float32(weight).view(np.int32)), *ids]
-    return np.array(numbers, np.int32)
-
-
-def from_numbers(index: int, numbers: list[int]) -> Document:
-    """The inverse of `to_numbers`."""
-    chunks, at = [], 0
-    while at < len(numbers):
-        role, length, bits = numbers[at:at + 3]
-        ids, at = numbers[at + 3:at + 3 + length], at + 3 + length
-        if role in (SUFFIX, GIVEN_SUFFIX):
-            chunks.append(Chunk(ids, given=role == GIVEN_SUFFIX))
-        elif role == LATENT:
-            chunks[-1] = replace(chunks[-1], latent=ids)
-        else:
-            chunks[-1].draws.append(ids)
-            chunks[-1].weights.append(float(np.int32(bits).view(np.float32)))
-    return Document(index, chunks, {})
-
-
 # ---- the tokenised corpus --------------------------------------------------------------------------------------
 
-def tokenize_part(part: tuple[int, list[bytes]], path: str, tokenizer: Tokenizer) -> list[np.ndarray]:
+def to_bytes(document: Document) -> bytes:
+    """What training needs of a document."""
+    return marshal.dumps([(c.suffix, c.latent, c.given, c.draws, c.weights) for c in document.chunks])
+
+
+def from_bytes(index: int, record: bytes) -> Document:
+    """The inverse of `to_bytes`."""
+    return Document(index, [Chunk(*parts) for parts in marshal.loads(record)], {})
+
+
+def tokenize_part(part: tuple[int, list[bytes]], path: str, tokenizer: Tokenizer) -> list[bytes]:
     first, lines = part
-    return [to_numbers(read_document(path, n, line, tokenizer)) for n, line in enumerate(lines, first)]
+    return [to_bytes(read_document(path, n, line, tokenizer)) for n, line in enumerate(lines, first)]
 
 
 class TokenizedCorpus:
@@ -132,19 +107,18 @@ class TokenizedCorpus:
 
     def __init__(self, source: Source, tokenizer: Tokenizer):
         name = hashlib.sha256(repr(tokenizer).encode()).hexdigest()[:16]
-        numbers, starts = source.file(f"{name}.numbers"), source.file(f"{name}.starts.npy")
+        documents, starts = source.file(f"{name}.documents"), source.file(f"{name}.starts.npy")
         if not starts.exists():
-            self.make(source, tokenizer, numbers, starts)
-        self.starts = np.load(starts, mmap_mode="r")
-        self.numbers = np.memmap(numbers, np.int32, mode="r") if self.starts[-1] else np.zeros(0, np.int32)
+            self.make(source, tokenizer, documents, starts)
+        self.starts, self.file = np.load(starts, mmap_mode="r"), open(documents, "rb")
 
-    def make(self, source: Source, tokenizer: Tokenizer, numbers: Path, starts: Path) -> None:
+    def make(self, source: Source, tokenizer: Tokenizer, documents: Path, starts: Path) -> None:
         job, sizes = partial(tokenize_part, path=source.path, tokenizer=tokenizer), [np.zeros(1, np.int64)]
-        numbers.parent.mkdir(exist_ok=True)
-        with whole_file(numbers) as file:
-            for documents in on_all_cores(job, source.path, "tokens"):
-                sizes.append(np.array([len(document) for document in documents]))
-                file.write(b"".join(document.tobytes() for document in documents))
+        documents.parent.mkdir(exist_ok=True)
+        with whole_file(documents) as file:
+            for records in on_all_cores(job, source.path, "tokens"):
+                sizes.append(np.array([len(record) for record in records]))
+                file.write(b"".join(records))
         with whole_file(starts) as file:
             np.save(file, np.cumsum(np.concatenate(sizes)))
 
@@ -155,4 +129,5 @@ class TokenizedCorpus:
         if index >= len(self):
             raise IndexError(index)     # ends a loop over the documents
         start, end = self.starts[index:index + 2].tolist()
-        return from_numbers(index, self.numbers[start:end].tolist())
+        self.file.seek(start)
+        return from_bytes(index, self.file.read(end - start))

@@ -108,8 +108,3 @@ class Layout:
     def direct_prompt(self, document: Document, chunk: int, no_thought: bool) -> list[int]:
         """BOS C [SOL EOL]: what x is written after where there is no thought."""
         return self.context(document, chunk) + [self.sol, self.eol] * no_thought
-
-    def direct(self, document: Document, chunk: int, no_thought: bool) -> Sequence:
-        """BOS C [SOL EOL] x: the sum over x is log p(x | C) without a thought."""
-        sequence = Sequence().add(GIVEN, self.direct_prompt(document, chunk, no_thought))
-        return sequence.add(TEXT, document.chunks[chunk].suffix)

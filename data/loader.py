@@ -2,6 +2,7 @@
 
 A batch is a function of (documents, recipe, position) alone, so a resumed run sees what the uninterrupted one saw.
 """
+import bisect
 import itertools
 import math
 from dataclasses import dataclass, replace
@@ -121,15 +122,14 @@ def pack(lengths: list[int], row_tokens: int) -> list[list[int]]:
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i] if 4 * lengths[i] > row_tokens else 0)
     rows: list[list[int]] = []
-    room: list[int] = []                    # what is left of each row
+    room: list[tuple[int, int]] = []                    # what is left of each row, sorted: (tokens, row)
     for i in order:
-        fitting = [(left, row) for row, left in enumerate(room) if left >= lengths[i]]
-        if not fitting:
+        place = bisect.bisect_left(room, (lengths[i], 0))
+        left, row = room.pop(place) if place < len(room) else (row_tokens, len(rows))
+        if row == len(rows):
             rows.append([])
-            room.append(row_tokens)
-        _, row = min(fitting, default=(row_tokens, len(rows) - 1))
         rows[row].append(i)
-        room[row] -= lengths[i]
+        bisect.insort(room, (left - lengths[i], row))
     return rows
 
 

@@ -131,10 +131,10 @@ def rounds_table(records: dict[str, dict]) -> list[str]:
         nats = [-record["elbo_per_token"]] + [per_unit(kept[name], kept["tokens"]) for name in (*bounds, "nll_direct")]
         marks = (f"{record['valid_before']:.2f} -> {record['valid_after']:.2f} | "
                  f"{record['distance_before']:.2f} -> {record['distance_after']:.2f} | ") if graded else ""
-        step = record.get("e_step")
-        drawn = f"{step['ess']:.1f} | {step['unfinished']:.3f} | {step['latent_tokens']:.1f} |" if step else "| | |"
+        step = [record.get("e_step", {}).get(name) for name in ("ess", "unfinished", "latent_tokens")]
+        drawn = ["" if figure is None else f"{figure:.2f}" for figure in step]
         cells = " | ".join(f"{x:.3f}" for x in nats)
-        rows.append(f"| {number or 'warm start'} | {cells} | {marks}{finite.count(False)} | {drawn}")
+        rows.append(f"| {number or 'warm start'} | {cells} | {marks}{finite.count(False)} | {' | '.join(drawn)} |")
     return rows
 
 
@@ -147,7 +147,8 @@ def curves_of(on_the_way: dict[str, list[dict]], labels: dict[str, str]) -> dict
     for arm, label in labels.items():
         records = on_the_way.get(arm) or rounds_of(last, arm)
         if arm in on_the_way or len(records) > 1:
-            curves[label] = [row_of(record, loop) for record in records]
+            alike = [record for record in records if "correct" in record or record.keys() == records[-1].keys()]
+            curves[label] = [row_of(record, loop) for record in alike]      # nats of a bound or without, not of both
     return curves
 
 
@@ -157,6 +158,8 @@ def read_reports(folders: list[str]) -> list[dict]:
     if missing or not folders:
         raise ValueError(f"no report.json in {', '.join(missing) or 'no folder'}; name finished runs of bolt.py")
     reports = [json.loads(Path(folder, "report.json").read_text()) for folder in folders]
+    if not all("curves" in report for report in reports):
+        raise ValueError("a report.json is of an older version; run bolt.py again, with another --out")
     if any([*report["models"]] != [*reports[0]["models"]] for report in reports):
         raise ValueError(f"the runs have different models; name some with the --arms, --rounds and K of {folders[0]}")
     return reports

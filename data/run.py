@@ -103,8 +103,10 @@ def parse_config(default, argv, description: str):
     argv = sys.argv[1:] if argv is None else argv
     given = parser.parse_args(argv)
     if given.config:
-        from_file = [f"--{name}={value}" for name, value in read_config(given.config).items()]
-        given = parser.parse_args([*from_file, *argv])
+        saved = read_config(given.config)
+        if unknown := [name for name in saved if not hasattr(given, name)]:
+            raise ValueError(f"{given.config} sets {', '.join(unknown)}, no setting of this script; remove it")
+        given = parser.parse_args([*(f"--{name}={value}" for name, value in saved.items()), *argv])
     return rebuild(default, vars(given))
 
 
@@ -245,7 +247,7 @@ def sha256_of(path) -> str:
 
 # ---- run folders -----------------------------------------------------------------------------------------------
 
-HOW_ONLY = ("device", "arms")     # settings that say where and how much is computed, not what comes out
+HOW_ONLY = ("device", "arms")     # settings that may change when a run goes on
 
 
 def commit_of_this_project() -> str:
@@ -262,6 +264,8 @@ def open_run(folder, config, ranks: Ranks, **identity) -> None:
 
     Raises ValueError where the folder belongs to another configuration: its files would not be those of this command.
     """
+    if not ranks.main:
+        return ranks.barrier()      # the main rank looks, and hashes, for all
     path, settings = Path(folder) / "config.json", json.loads(json.dumps(asdict(config)))
     if path.exists():
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -272,7 +276,7 @@ def open_run(folder, config, ranks: Ranks, **identity) -> None:
         if changed:
             raise ValueError(f"{folder} holds a run with other settings ({', '.join(changed)}); "
                              f"give another --out, or delete {folder}")
-    elif ranks.main:
+    else:
         command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
         record = {"config": settings, "command": command, "commit": commit_of_this_project(), **identity}
         write_whole(path, json.dumps(record, indent=2) + "\n")

@@ -36,7 +36,7 @@ from data.run import Ranks, start_ranks
 from data.tokens import Tokenizer, tokenizer_for
 from model import GPT, GPTConfig, read_checkpoint, restore
 from sample_latents import (SampleConfig, at_precision, e_step, effective_sample_size, generate, infer, places_to_infer,
-                            proposal_log_probs, resample, score_joint, uniform_numbers, vocabulary_mask)
+                            proposal_log_probs, resample, score_joint, survey, uniform_numbers, vocabulary_mask)
 
 SIZES = {"S": dict(layers=4, width=256, heads=4, kv_heads=4, ffn=688, vocab_size=512),
          "M": dict(layers=12, width=768, heads=12, kv_heads=12, ffn=2048, vocab_size=50304),
@@ -194,7 +194,9 @@ def e_step_of_corpus(args) -> dict:
         model.hidden, model.logits, model.forward = clocked(model.hidden), clocked(model.logits), clocked(model.forward)
         start = time.perf_counter()
         config, alone = SampleConfig(num_latents=args.k, rows=args.rows), Ranks(0, 1, torch.device(args.device))
-        figures = e_step(model, tokenizer, f"{folder}/raw.jsonl", config, 1, f"{folder}/out.jsonl", alone)
+        raw, out = f"{folder}/raw.jsonl", f"{folder}/out.jsonl"
+        blocks = survey(raw, Layout(tokenizer), config, model.config.context)
+        figures = e_step(model, tokenizer, raw, blocks, config, 1, out, alone)
         whole = time.perf_counter() - start
     return {"tokens_per_second": round(figures["sampled_tokens"] / whole), "seconds": round(whole, 2),
             "in_model_passes": round(seconds / whole, 3)}

@@ -124,7 +124,7 @@ def test_a_corpus_without_answers_is_measured_in_nats(corpus, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("context, named", [(30, "chunk 1"), (39, "held_out.jsonl")])
+@pytest.mark.parametrize("context, named", [(30, "chunk 1|held_out"), (39, "held_out.jsonl:")])
 def test_what_would_not_fit_is_said_before_anything_is_trained(corpus, tmp_path, monkeypatch, context, named):
     """An E-step that has no room, and an evaluation that has none: no folder of a model is made."""
     monkeypatch.setattr(bolt, "train", lambda *arguments, **named: pytest.fail("something was trained"))
@@ -132,6 +132,31 @@ def test_what_would_not_fit_is_said_before_anything_is_trained(corpus, tmp_path,
         main(["--data", str(corpus), "--out", str(tmp_path / "run"), *TINY, "--train.model.context", str(context),
               "--train.row_tokens", "16", "--train.batch_tokens", "16", "--sample.max_latent_tokens", "20"])
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_a_finished_thought_ends_with_its_report(corpus, tmp_path):
+    """Every draw hits the cap: nothing is weighed, all chunks stay plain, and the figures that there are stand."""
+    main(["--data", str(corpus), "--out", str(tmp_path / "run"), "--arms", "em", *TINY, "--warm_steps", "1",
+          "--sample.max_latent_tokens", "1"])
+    figures = json.loads((tmp_path / "run" / "em" / "round_1" / "step_last.json").read_text())["e_step"]
+    assert figures["unfinished"] > 0.5 and "| EM, K = 2, round 1 |" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_the_embedded_corpus_is_that_of_the_seed_of_the_run(tmp_path):
+    """Also where an earlier command made one and then refused to run."""
+    argv = ["--out", str(tmp_path / "run"), "--arms", "warm", *TINY]
+    with pytest.raises(ValueError, match="exceeds the context"):
+        main([*argv, "--train.model.context", "30", "--train.row_tokens", "16", "--train.batch_tokens", "16"])
+    first = (tmp_path / "run" / "corpus" / "world.json").read_text()
+    main([*argv, "--seed", "1"])
+    assert (tmp_path / "run" / "corpus" / "world.json").read_text() != first
+
+
+def test_one_thought_is_drawn_at_temperature_one():
+    """Nothing is weighed, so it comes from the model as it is: whichever setting says K = 1."""
+    config = replace(BoltConfig(), sample=bolt.SampleConfig(num_latents=1))
+    assert bolt.sample_config(BoltConfig(), 1).temperature == bolt.sample_config(config, 0).temperature == 1.0
+    assert bolt.sample_config(BoltConfig(), 4).temperature == BoltConfig().sample.temperature
 
 
 def test_unknown_arms_are_named(tmp_path):

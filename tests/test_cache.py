@@ -6,7 +6,7 @@ import os
 import pytest
 
 from data import cache
-from data.cache import TokenizedCorpus, from_numbers, open_source, to_numbers, vocabulary
+from data.cache import TokenizedCorpus, from_bytes, open_source, to_bytes, vocabulary
 from data.corpus import encode_corpus, read_corpus, texts_of
 from data.tokens import tokenizer_for
 from tests.conftest import RECORDS
@@ -29,10 +29,10 @@ def records(corpus):
     return read_corpus(corpus)
 
 
-def test_a_document_comes_back_from_its_numbers(records, tokenizer):
+def test_a_document_comes_back_from_its_bytes(records, tokenizer):
     """Given chunks, empty latents, no latents, and all draws with their weights."""
     for document in encode_corpus(records[:6], wide(records)):
-        assert from_numbers(document.index, to_numbers(document).tolist()) == document
+        assert from_bytes(document.index, to_bytes(document)) == document
 
 
 def wide(records):

@@ -54,7 +54,7 @@ def test_an_unknown_flag_or_key_is_an_error(tmp_path):
         parse_config(Config(), ["--step", "3"], "")
     file = tmp_path / "config.json"
     file.write_text('{"config": {"stepz": 3}}')
-    with pytest.raises(ValueError, match="stepz"):
+    with pytest.raises(ValueError, match="config.json sets stepz, no setting"):
         parse_config(Config(), ["--config", str(file)], "")
     file.write_text("[]")
     with pytest.raises(ValueError, match="config"):

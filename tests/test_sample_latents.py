@@ -545,13 +545,14 @@ def test_ranks_divide_the_blocks_and_write_the_same_bytes(stage):
     tokenizer = sample_latents.Tokenizer(**state["tokenizer"])
     config, out = SampleConfig(num_latents=4, max_latent_tokens=6, block_chunks=7), str(stage / "two.jsonl")
     corpus = str(stage / "corpus.jsonl")
+    blocks = survey(corpus, Layout(tokenizer), config, model.config.context)
     Silent = type("Silent", (Ranks,), {"barrier": lambda self: None})
     (stage / "two.jsonl.run").mkdir()
     (stage / "two.jsonl.run" / "chosen.json").write_text('{"dtype": "float32"}')         # as rank 0 would have
     with pytest.raises(FileNotFoundError):
-        e_step(model, tokenizer, corpus, config, 1, out, Silent(1, 2, torch.device("cpu")))
+        e_step(model, tokenizer, corpus, blocks, config, 1, out, Silent(1, 2, torch.device("cpu")))
     assert len(list((stage / "two.jsonl.run" / "blocks").glob("*.json"))) == 2
-    e_step(model, tokenizer, corpus, config, 1, out, Silent(0, 2, torch.device("cpu")))
+    e_step(model, tokenizer, corpus, blocks, config, 1, out, Silent(0, 2, torch.device("cpu")))
     assert (stage / "two.jsonl").read_bytes() == whole
 
 
@@ -651,13 +652,14 @@ def test_ids_of_another_vocabulary_are_refused(stage):
 
 
 def test_blocks_hold_whole_documents_with_about_so_many_chunks(tmp_path, layout):
-    """A document is never cut; chunks count, not documents, so that no block of long documents takes hours."""
+    """A document is never cut; chunks count, so that no block of long documents takes hours, and documents that have
+    nothing to draw for, so that none of them fills the memory."""
     path = tmp_path / "corpus.jsonl"
     counts = [1, 1, 0, 5, 1, 1, 1, 1, 0]
     documents = [{"text": "a" * n, "chunks": [{"suffix": "a"}] * n} for n in counts]
     path.write_text("".join(json.dumps(document) + "\n" for document in documents))
     blocks = survey(str(path), layout, SampleConfig(block_chunks=3, max_latent_tokens=4), context=32)
-    assert [(block.documents, block.chunks) for block in blocks] == [(4, 7), (3, 3), (2, 1)]
+    assert blocks == [(3, 2), (1, 5), (3, 3), (2, 1)]
 
 
 @pytest.mark.parametrize("line, message", [
