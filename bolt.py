@@ -408,16 +408,17 @@ def open_lab(config: BoltConfig, ranks: Ranks) -> Lab:
             raise ValueError(f"{paths[name]} has no text to predict; every chunk is given, or empty")
     world = World.from_json((folder / "world.json").read_text()) if (folder / "world.json").exists() else None
     layout = Layout(tokenizer)
-    for name in {"held_out", "probes"} & corpora.keys():
-        check_context(layout, corpora[name], config, f"{folder}/{name}.jsonl")
     blocks = survey(f"{folder}/raw.jsonl", layout, config.sample, config.train.model.context)
+    for name in ("held_out", "probes"):
+        check_context(layout, corpora.get(name, []), config, f"{folder}/{name}.jsonl")
     return Lab(config, ranks, folder, tokenizer, layout, corpora, blocks, world)
 
 
 def check_context(layout: Layout, documents: list[Document], config: BoltConfig, path: str) -> None:
     """Raise ValueError where the evaluation of a document would not fit the model, before anything is trained."""
     context, thought = config.train.model.context, config.sample.max_latent_tokens
-    answer = thought + 1 + longest_answer(documents) if "answer" in documents[0].record else 0
+    answers = any("answer" in document.record for document in documents)
+    answer = thought + 1 + longest_answer(documents) if answers else 0
     for document in documents:
         last, what = len(document.chunks) - 1, f"a prompt of {path}:{document.index + 1}"
         for c, chunk in enumerate(document.chunks):

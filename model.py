@@ -72,20 +72,44 @@ class Prompts:
         self.keys[layer, here, :, :k.shape[2]], self.values[layer, here, :, :k.shape[2]] = k, v
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
+    def keep(self, used: np.ndarray) -> None:
+        """Bring these prompts, numbers in rising order, to the front."""
+        moved = np.flatnonzero(used != np.arange(len(used)))
+        for tensor, dim in ((self.keys, 1), (self.values, 1), (self.lengths, 0)):
+            to, source = (torch.from_numpy(numbers).to(tensor.device) for numbers in (moved, used[moved]))
+            tensor.index_copy_(dim, to, tensor.index_select(dim, source))
+
+
+UNSEEN = -1e30      # the score of a slot that is not seen; finite, so that a prompt without slots weighs 0 and not nan
+
+
+def attend_to_part(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over some of the slots, (..., N, D), and the logsumexp of its scores, (..., N, 1), float32.
+
+    The weights of several parts are in the proportion of the exponentials of these: so several softmaxes are one.
+    """
+    scores = (q @ k.mT).float() + bias                                                                # (..., N, S)
+    weights = scores.softmax(dim=-1)
+    logsumexp = scores.amax(dim=-1, keepdim=True) - weights.amax(dim=-1, keepdim=True).log()
+    return weights.to(v.dtype) @ v, logsumexp
+
 
 class Branches:
-    """Rows that continue prompts, any number after each. A row attends to its prompt's slots and to its own at once.
+    """Rows that continue prompts, any number after each. A row attends to its prompt's slots and to its own.
 
         prompt 0   a b c d .        row 0   x y          prompt 0, slots of its own 0 and 1 = positions 4 and 5
         prompt 1   a b c . .        row 1   x y          prompt 1, positions 3 and 4
                                     row 2   x y          prompt 0
 
-    All rows are of one age: what they read next goes into the same slots of all. Rows of a prompt are brought together
-    (P prompts x R rows, padded), so that its keys and values are read once for all of them and never copied.
+    All rows are of one age: what they read next goes into the same slots of all. Queries of a prompt's rows are brought
+    together (P prompts x R rows, padded), so that its keys and values are read once for all of them and never copied.
     """
 
     def __init__(self, prompts: Prompts, rows: int, slots: int = 0):
-        """With slots the rows' own keys and values are kept; without, what the rows read comes all at once."""
+        """With slots, which grow as needed, the rows' own keys and values are kept; else all they read comes at once.
+
+        What is read should fill its memory: products of parts of it take four times as long in bfloat16 on a CPU.
+        """
         layers, _, kv_heads, _, head_size = prompts.keys.shape
         device, self.prompts = prompts.keys.device, prompts
         self.keys = prompts.keys.new_zeros(layers, rows, kv_heads, slots, head_size)
@@ -110,12 +134,15 @@ class Branches:
 
     def at(self, slot: Tensor, tokens: int, own_slots: int) -> None:
         """Say that the next `tokens` of every row go to `slot` (1,) and after, and how many own slots to look at."""
-        new = slot + torch.arange(tokens, device=slot.device)                                         # (T,)
-        prompt = torch.arange(self.prompt_slots, device=slot.device) < self.starts[:, None, None]     # (B, 1, Sp)
-        own = torch.arange(own_slots, device=slot.device) <= new[:, None]                             # (T, So)
-        seen = torch.cat([prompt.expand(-1, tokens, -1), own.expand(len(self.starts), -1, -1)], dim=-1)
-        self.bias = torch.zeros(seen.shape, device=slot.device).masked_fill_(~seen, -math.inf)[:, None, None]
-        self.new, self.positions, self.own_slots = new, self.starts[:, None] + new, own_slots
+        def bias(slots: int, seen: Tensor) -> Tensor:       # of the first `seen` of some slots
+            return torch.where(torch.arange(slots, device=slot.device) < seen, 0.0, UNSEEN)
+        if 0 < self.keys.shape[3] < own_slots:
+            rows, room = len(self.starts), (0, 0, 0, own_slots - self.keys.shape[3])
+            self.keys, self.values = F.pad(self.keys[:, :rows], room), F.pad(self.values[:, :rows], room)
+        self.new = slot + torch.arange(tokens, device=slot.device)                                    # (T,)
+        self.positions, self.own_slots = self.starts[:, None] + self.new, own_slots                   # (B, T)
+        self.own_bias = bias(own_slots, self.new[:, None] + 1)                                        # (T, So)
+        self.prompt_bias = bias(self.prompt_slots, self.prompts.lengths[self.used, None])[:, None, None]
 
     def keep(self, alive: np.ndarray, shape: tuple[int, int] | None = None) -> np.ndarray:
         """Go on with the rows that are alive, (B,) bool, the last filling gaps; returns which row each place has."""
@@ -123,7 +150,11 @@ class Branches:
         order, free, moved = np.arange(count), np.flatnonzero(~alive[:count]), count + np.flatnonzero(alive[count:])
         self.keys[:, free], self.values[:, free] = self.keys[:, moved], self.values[:, moved]
         order[free] = moved
-        self.group(self.owner[order], self.prompt_slots, shape)
+        owner = self.owner[order]
+        if not shape:
+            used, owner = np.unique(owner, return_inverse=True)
+            self.prompts.keep(used)
+        self.group(owner, self.prompt_slots, shape)
         return order
 
     def own(self, kept: Tensor, new: Tensor) -> Tensor:
@@ -134,17 +165,16 @@ class Branches:
         return kept[:len(new), :, :self.own_slots]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of new tokens, q (B, H, T, D), k and v (B, G, T, D): one softmax over [prompt | own slots]."""
+        """Attention of new tokens, q (B, H, T, D), k and v (B, G, T, D), to their prompts and to their own rows."""
         (B, H, T, D), G = q.shape, k.shape[1]
-        own_k, own_v = self.own(self.keys[layer], k), self.own(self.values[layer], v)                 # (B, G, So, D)
-        prompt_k = self.prompts.keys[layer, self.used, :, :self.prompt_slots]                         # (P, G, Sp, D)
-        prompt_v = self.prompts.values[layer, self.used, :, :self.prompt_slots]
         q = (q * D ** -0.5).reshape(B, G, H // G * T, D)        # the queries of a kv head, so that it is not expanded
-        scores = torch.cat([self.apart(self.together(q) @ prompt_k.mT), q @ own_k.mT], dim=-1)
-        scores = scores.float().view(B, G, H // G, T, -1) + self.bias
-        weights = scores.softmax(dim=-1).to(v.dtype).view(B, G, H // G * T, -1)
-        prompt_w, own_w = weights.tensor_split([self.prompt_slots], dim=-1)
-        y = self.apart(self.together(prompt_w) @ prompt_v) + own_w @ own_v
+        own_k, own_v = self.own(self.keys[layer], k), self.own(self.values[layer], v)                 # (B, G, So, D)
+        y, own_size = attend_to_part(q, own_k, own_v, self.own_bias.repeat(H // G, 1))                # (B, G, H/G T, D)
+        if self.prompt_slots:
+            prompt_k = self.prompts.keys[layer, self.used, :, :self.prompt_slots]                     # (P, G, Sp, D)
+            prompt_v = self.prompts.values[layer, self.used, :, :self.prompt_slots]
+            prompt_y, size = map(self.apart, attend_to_part(self.together(q), prompt_k, prompt_v, self.prompt_bias))
+            y = torch.lerp(y, prompt_y, torch.sigmoid(size - own_size).to(y.dtype))
         return y.view(B, H, T, D)
 
     def together(self, x: Tensor) -> Tensor:

@@ -159,7 +159,7 @@ def prefill(model: GPT, cache: Prompts, prompts: list[list[int]]) -> int:
     return longest
 
 
-def decode_step(model: GPT, branches: Branches, choose, stops: Tensor, uniforms: Tensor, ids: Tensor, log_prob: Tensor,
+def decode_step(model: GPT, choose, stops: Tensor, uniforms: Tensor, ids: Tensor, log_prob: Tensor, branches: Branches,
                 *, draw: Tensor, token: Tensor, alive: Tensor, slot: Tensor, own_slots: int) -> None:
     """Every row draws a token: tensors alone, changed in place, so that the step can be recorded and replayed.
 
@@ -210,8 +210,6 @@ class Decoder:
         self.batch = min(rows - rows % K if K <= rows else rows, N * K)     # draws that start together
         at_hand = min(N, self.batch // K if K <= rows else 2)               # prompts of a batch, at most
         self.shape = (at_hand, min(K, self.batch)) if self.few_shapes else None
-        self.cache = Prompts(model.config, at_hand, round_up(max(map(len, prompts)) - 1, 64), device, model.dtype)
-        self.branches = Branches(self.cache, self.batch, round_up(L, self.slot_step))
         # of each draw
         self.ids, self.log_prob = torch.full((N * K, L), -1, device=device), torch.zeros(N * K, device=device)
         uniforms = uniforms.view(N * K, L).to("cpu" if device.type == "mps" else device)        # mps has no float64
@@ -219,7 +217,13 @@ class Decoder:
         self.draw, self.token = torch.zeros(2, self.batch, dtype=torch.long, device=device)
         self.alive = torch.zeros(self.batch, dtype=torch.bool, device=device)
         self.slot = torch.zeros(1, dtype=torch.long, device=device)
-        self.decode = partial(decode_step, model, self.branches, choose, stops, uniforms, self.ids, self.log_prob)
+        if self.few_shapes:
+            self.make_room(at_hand, round_up(max(map(len, prompts)) - 1, 64), self.batch, round_up(L, 64))
+        self.decode = partial(decode_step, model, choose, stops, uniforms, self.ids, self.log_prob)
+
+    def make_room(self, prompts: int, prompt_slots: int, rows: int, own_slots: int) -> None:
+        self.cache = Prompts(self.model.config, prompts, prompt_slots, self.draw.device, self.model.dtype)
+        self.branches = Branches(self.cache, rows, own_slots)
 
     def run(self, ended: Callable[[int], None]) -> None:
         """Decode all draws, those of prompts of like length together; `ended` is told how many more have ended."""
@@ -242,7 +246,10 @@ class Decoder:
     def start(self, draws: list[int]) -> None:
         """Prefill the prompts of these draws, each once, and give every draw a row."""
         numbers, owner = np.unique([draw // self.K for draw in draws], return_inverse=True)
-        self.prompt_slots = prefill(self.model, self.cache, [self.prompts[n] for n in numbers])
+        prompts = [self.prompts[n] for n in numbers]
+        if not self.few_shapes:
+            self.make_room(len(prompts), max(map(len, prompts)) - 1, len(draws), self.slot_step)
+        self.prompt_slots = prefill(self.model, self.cache, prompts)
         self.prompt_slots = round_up(self.prompt_slots, 64) if self.few_shapes else self.prompt_slots
         self.branches.group(owner, self.prompt_slots, self.shape)
         self.rows = len(draws)
@@ -253,8 +260,8 @@ class Decoder:
     def step(self, number: int) -> None:
         """Every row draws its token number `number`."""
         own_slots, here = round_up(number + 1, self.slot_step), slice(self.rows)
-        job = partial(self.decode, draw=self.draw[here], token=self.token[here], alive=self.alive[here], slot=self.slot,
-                      own_slots=own_slots)
+        job = partial(self.decode, self.branches, draw=self.draw[here], token=self.token[here], alive=self.alive[here],
+                      slot=self.slot, own_slots=own_slots)
         shape = (self.rows, own_slots, self.prompt_slots)
         if shape in self.recorded:
             self.recorded[shape].replay()

@@ -124,7 +124,7 @@ def test_a_corpus_without_answers_is_measured_in_nats(corpus, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("context, named", [(30, "chunk 1|held_out"), (39, "held_out.jsonl:")])
+@pytest.mark.parametrize("context, named", [(30, "chunk 1"), (39, "held_out.jsonl:")])
 def test_what_would_not_fit_is_said_before_anything_is_trained(corpus, tmp_path, monkeypatch, context, named):
     """An E-step that has no room, and an evaluation that has none: no folder of a model is made."""
     monkeypatch.setattr(bolt, "train", lambda *arguments, **named: pytest.fail("something was trained"))
