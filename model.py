@@ -105,32 +105,34 @@ class Branches:
     together (P prompts x R rows, padded), so that its keys and values are read once for all of them and never copied.
     """
 
-    def __init__(self, prompts: Prompts, rows: int, slots: int = 0):
-        """With slots, which grow as needed, the rows' own keys and values are kept; else all they read comes at once.
+    def __init__(self, prompts: Prompts, owner: np.ndarray, slots: int = 0, fixed: bool = False):
+        """Row i continues prompt owner[i]. With slots, which grow as needed, the rows' own keys and values are kept;
+        else all they read comes at once. fixed: (P, R) and the memory stay as they are, for a step that is recorded.
 
         What is read should fill its memory: products of parts of it take four times as long in bfloat16 on a CPU.
         """
         layers, _, kv_heads, _, head_size = prompts.keys.shape
-        device, self.prompts = prompts.keys.device, prompts
-        self.keys = prompts.keys.new_zeros(layers, rows, kv_heads, slots, head_size)
+        self.prompts, self.prompt_slots, self.fixed = prompts, prompts.keys.shape[3], fixed
+        self.shape = (len(prompts.lengths), int(np.bincount(owner).max()))
+        self.keys = prompts.keys.new_zeros(layers, len(owner), kv_heads, slots, head_size)
         self.values = torch.zeros_like(self.keys)
-        self.where_kept, self.starts_kept = torch.zeros(2, rows, dtype=torch.long, device=device)
+        self.where_kept, self.starts_kept = prompts.lengths.new_zeros(2, len(owner))
+        self.group(owner)
 
-    def group(self, owner: np.ndarray, prompt_slots: int, shape: tuple[int, int] | None = None) -> None:
-        """Say which prompt each row continues, (B,), and how many slots of the prompts there are to look at.
-
-        shape: (P, R) to keep to, for all prompts at hand and up to R rows of each, instead of the smallest.
-        """
+    def group(self, owner: np.ndarray) -> None:
+        """Find each row's place among P prompts x R rows."""
         used, group, counts = np.unique(owner, return_inverse=True, return_counts=True)
         number = np.empty_like(group)                                     # of a row among those of its prompt
         number[group.argsort(kind="stable")] = np.arange(len(group)) - np.repeat(counts.cumsum() - counts, counts)
-        used, group = (np.arange(shape[0]), owner) if shape else (used, group)
-        device, self.shape = self.prompts.keys.device, shape or (len(used), int(counts.max()))
+        if self.fixed:
+            used, group = np.arange(self.shape[0]), owner
+        else:
+            self.shape = len(used), int(counts.max())
+        device, self.owner = self.keys.device, owner
         self.used = slice(len(used)) if used[-1] == len(used) - 1 else torch.from_numpy(used).to(device)
         # always in the same memory, where a recorded step looks for it
         self.where = self.where_kept[:len(owner)].copy_(torch.from_numpy(group * self.shape[1] + number))
         self.starts = self.starts_kept[:len(owner)].copy_(self.prompts.lengths[torch.from_numpy(owner).to(device)])
-        self.owner, self.prompt_slots = owner, prompt_slots
 
     def at(self, slot: Tensor, tokens: int, own_slots: int) -> None:
         """Say that the next `tokens` of every row go to `slot` (1,) and after, and how many own slots to look at."""
@@ -144,17 +146,17 @@ class Branches:
         self.own_bias = bias(own_slots, self.new[:, None] + 1)                                        # (T, So)
         self.prompt_bias = bias(self.prompt_slots, self.prompts.lengths[self.used, None])[:, None, None]
 
-    def keep(self, alive: np.ndarray, shape: tuple[int, int] | None = None) -> np.ndarray:
+    def keep(self, alive: np.ndarray) -> np.ndarray:
         """Go on with the rows that are alive, (B,) bool, the last filling gaps; returns which row each place has."""
         count = int(alive.sum())
         order, free, moved = np.arange(count), np.flatnonzero(~alive[:count]), count + np.flatnonzero(alive[count:])
         self.keys[:, free], self.values[:, free] = self.keys[:, moved], self.values[:, moved]
         order[free] = moved
         owner = self.owner[order]
-        if not shape:
+        if not self.fixed:
             used, owner = np.unique(owner, return_inverse=True)
             self.prompts.keep(used)
-        self.group(owner, self.prompt_slots, shape)
+        self.group(owner)
         return order
 
     def own(self, kept: Tensor, new: Tensor) -> Tensor:

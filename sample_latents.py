@@ -147,20 +147,21 @@ def length_batches(lengths: list[int], tokens: int) -> Iterator[list[int]]:
         order = order[rows:]
 
 
-def prefill(model: GPT, cache: Prompts, prompts: list[list[int]]) -> int:
-    """Fill a cache with prompts but for their last tokens, which what continues them reads first; the most slots."""
+def prefill(model: GPT, prompts: list[list[int]]) -> Prompts:
+    """Keys and values of prompts but for their last tokens, which what continues them reads first."""
     device, longest = model.embedding.weight.device, max(map(len, prompts)) - 1
-    cache.lengths[:len(prompts)] = torch.tensor([len(prompt) - 1 for prompt in prompts])
+    cache = Prompts(model.config, len(prompts), longest, device, model.dtype)
+    cache.lengths[:] = torch.tensor([len(prompt) - 1 for prompt in prompts])
     at_once = max(1, BATCH_TOKENS[device.type] // max(1, longest))
     for cache.first in range(0, len(prompts) if longest else 0, at_once):
         part = prompts[cache.first:cache.first + at_once]
         ids = torch.tensor([prompt[:-1] + [0] * (longest + 1 - len(prompt)) for prompt in part])
         model.hidden(ids.to(device), cache=cache)
-    return longest
+    return cache
 
 
-def decode_step(model: GPT, choose, stops: Tensor, uniforms: Tensor, ids: Tensor, log_prob: Tensor, branches: Branches,
-                *, draw: Tensor, token: Tensor, alive: Tensor, slot: Tensor, own_slots: int) -> None:
+def decode_step(model: GPT, branches: Branches, choose, stops: Tensor, uniforms: Tensor, ids: Tensor, log_prob: Tensor,
+                draw: Tensor, token: Tensor, alive: Tensor, slot: Tensor, own_slots: int) -> None:
     """Every row draws a token: tensors alone, changed in place, so that the step can be recorded and replayed.
 
     Of each draw (n,): its uniforms (n, L), ids (n, L) and log_prob. Of each row (B,): its draw, its last token, and
@@ -185,102 +186,67 @@ def record(job: Callable[[], None], pool) -> "torch.cuda.CUDAGraph":
     return graph
 
 
-def check_room(context: int, tokens: int, new_tokens: int, what: str = "a prompt") -> None:
-    if tokens + new_tokens > context:
-        raise ValueError(f"{what} has {tokens} tokens; with {new_tokens} new ones it exceeds the context of {context}; "
-                         "lower --max_latent_tokens, split the chunk, or train with a larger --model.context")
-
-
 def round_up(n: int, step: int) -> int:
     return math.ceil(n / step) * step
 
 
-class Decoder:
-    """Decodes draws batch by batch: those of a batch start together, each step gives every row a token, and rows whose
-    draw has ended are dropped, others moving up into their places, once they are an eighth.
+def rows_to_keep(alive: np.ndarray, few_shapes: bool) -> np.ndarray | None:
+    """Which rows (B,) to go on with, where that saves enough: those alive, and idle ones that keep the shape."""
+    drawing = int(alive.sum())
+    rows = max(16, 1 << (drawing - 1).bit_length()) if few_shapes else drawing
+    if rows > 7 / 8 * len(alive):
+        return None
+    alive[np.flatnonzero(~alive)[:rows - drawing]] = True
+    return alive
 
-    Where steps are recorded, shapes are few: rows are halved, slots go in steps of 64, all prompts at hand are read.
+
+def decode_batch(model: GPT, prompts: list[list[int]], owner: np.ndarray, uniforms: Tensor, choose, stops: Tensor,
+                 ended: Callable[[int], None]) -> tuple[Tensor, Tensor, int]:
+    """Decode n draws in lock-step: draw i continues prompts[owner[i]], each step gives every row a token, and rows
+    whose draw has ended are dropped, others moving up into their places, once they are an eighth.
+
+    uniforms (n, L). Returns ids (n, L), -1 after a draw's end, log_prob (n,), and the row-steps that were computed.
+    Where steps are recorded, shapes are few: rows are halved, own slots go in steps of 64, all prompts are read.
     """
-
-    def __init__(self, model: GPT, prompts: list[list[int]], uniforms: Tensor, choose, stops: Tensor, rows: int):
-        (N, K, L), device = uniforms.shape, model.embedding.weight.device
-        self.model, self.prompts, self.K, self.L, self.kind = model, prompts, K, L, device.type
-        self.few_shapes, self.recorded, self.row_steps = device.type in RECORDS, {}, 0
-        self.slot_step = 64 if self.few_shapes else 16          # products of a few entries take a slow path on CPUs
-        self.batch = min(rows - rows % K if K <= rows else rows, N * K)     # draws that start together
-        at_hand = min(N, self.batch // K if K <= rows else 2)               # prompts of a batch, at most
-        self.shape = (at_hand, min(K, self.batch)) if self.few_shapes else None
-        # of each draw
-        self.ids, self.log_prob = torch.full((N * K, L), -1, device=device), torch.zeros(N * K, device=device)
-        uniforms = uniforms.view(N * K, L).to("cpu" if device.type == "mps" else device)        # mps has no float64
-        # of each row, and of all; a batch uses the first rows
-        self.draw, self.token = torch.zeros(2, self.batch, dtype=torch.long, device=device)
-        self.alive = torch.zeros(self.batch, dtype=torch.bool, device=device)
-        self.slot = torch.zeros(1, dtype=torch.long, device=device)
-        if self.few_shapes:
-            self.make_room(at_hand, round_up(max(map(len, prompts)) - 1, 64), self.batch, round_up(L, 64))
-        self.decode = partial(decode_step, model, choose, stops, uniforms, self.ids, self.log_prob)
-
-    def make_room(self, prompts: int, prompt_slots: int, rows: int, own_slots: int) -> None:
-        self.cache = Prompts(self.model.config, prompts, prompt_slots, self.draw.device, self.model.dtype)
-        self.branches = Branches(self.cache, rows, own_slots)
-
-    def run(self, ended: Callable[[int], None]) -> None:
-        """Decode all draws, those of prompts of like length together; `ended` is told how many more have ended."""
-        order = sorted(range(len(self.prompts)), key=lambda n: -len(self.prompts[n]))
-        draws = [n * self.K + k for n in order for k in range(self.K)]
-        for first in range(0, len(draws), self.batch):
-            self.start(draws[first:first + self.batch])
-            left = self.rows
-            for number in range(self.L):
-                self.step(number)
-                if (number + 1) % CHECK_EVERY[self.kind] == 0:
-                    alive = self.alive[:self.rows].cpu().numpy().copy()
-                    ended(left - int(alive.sum()))
-                    left = int(alive.sum())
-                    if not left:
-                        break
-                    self.drop_ended(alive)
-            ended(left)
-
-    def start(self, draws: list[int]) -> None:
-        """Prefill the prompts of these draws, each once, and give every draw a row."""
-        numbers, owner = np.unique([draw // self.K for draw in draws], return_inverse=True)
-        prompts = [self.prompts[n] for n in numbers]
-        if not self.few_shapes:
-            self.make_room(len(prompts), max(map(len, prompts)) - 1, len(draws), self.slot_step)
-        self.prompt_slots = prefill(self.model, self.cache, prompts)
-        self.prompt_slots = round_up(self.prompt_slots, 64) if self.few_shapes else self.prompt_slots
-        self.branches.group(owner, self.prompt_slots, self.shape)
-        self.rows = len(draws)
-        self.draw[:self.rows] = torch.tensor(draws)
-        self.token[:self.rows] = torch.tensor([self.prompts[draw // self.K][-1] for draw in draws])
-        self.alive[:self.rows], self.slot[:] = True, 0
-
-    def step(self, number: int) -> None:
-        """Every row draws its token number `number`."""
-        own_slots, here = round_up(number + 1, self.slot_step), slice(self.rows)
-        job = partial(self.decode, self.branches, draw=self.draw[here], token=self.token[here], alive=self.alive[here],
-                      slot=self.slot, own_slots=own_slots)
-        shape = (self.rows, own_slots, self.prompt_slots)
-        if shape in self.recorded:
-            self.recorded[shape].replay()
+    (n, L), device = uniforms.shape, model.embedding.weight.device
+    recorded, few_shapes = {}, device.type in RECORDS
+    slot_step = 64 if few_shapes else 16        # products of a few entries take a slow path on CPUs
+    branches = Branches(prefill(model, prompts), owner, round_up(L, 64) if few_shapes else slot_step, fixed=few_shapes)
+    uniforms = uniforms.to("cpu" if device.type == "mps" else device)                         # mps has no float64
+    ids, log_prob = torch.full((n, L), -1, device=device), torch.zeros(n, device=device)
+    slot, alive = torch.zeros(1, dtype=torch.long, device=device), torch.ones(n, dtype=torch.bool, device=device)
+    draw, token = torch.arange(n, device=device), torch.tensor([prompts[i][-1] for i in owner], device=device)
+    rows, left, row_steps = n, n, 0
+    for number in range(L):
+        own_slots = round_up(number + 1, slot_step)
+        job = partial(decode_step, model, branches, choose, stops, uniforms, ids, log_prob, draw[:rows], token[:rows],
+                      alive[:rows], slot, own_slots)
+        if (rows, own_slots) in recorded:
+            recorded[rows, own_slots].replay()
         else:
             job()
-            if self.few_shapes:
-                self.recorded[shape] = record(job, next((graph.pool() for graph in self.recorded.values()), None))
-        self.row_steps += self.rows
+            if few_shapes:
+                recorded[rows, own_slots] = record(job, next((graph.pool() for graph in recorded.values()), None))
+        row_steps += rows
+        if (number + 1) % CHECK_EVERY[device.type] == 0:
+            now = alive[:rows].cpu().numpy().copy()
+            ended(left - int(now.sum()))
+            left = int(now.sum())
+            if not left:
+                break
+            if (kept := rows_to_keep(now, few_shapes)) is not None:
+                order = torch.from_numpy(branches.keep(kept)).to(device)
+                rows = len(order)
+                for column in (draw, token, alive):
+                    column[:rows] = column[order]
+    ended(left)
+    return ids, log_prob, row_steps
 
-    def drop_ended(self, alive: np.ndarray) -> None:
-        """Go on with the rows that are alive (B,), where that saves enough."""
-        drawing = int(alive.sum())
-        rows = max(16, 1 << (drawing - 1).bit_length()) if self.few_shapes else drawing
-        if rows <= 7 / 8 * self.rows:
-            alive[np.flatnonzero(~alive)[:rows - drawing]] = True       # idle ones that keep the shape
-            order = torch.from_numpy(self.branches.keep(alive, self.shape)).to(self.draw.device)
-            for column in (self.draw, self.token, self.alive):
-                column[:rows] = column[order]
-            self.rows = rows
+
+def check_room(context: int, tokens: int, new_tokens: int, what: str = "a prompt") -> None:
+    if tokens + new_tokens > context:
+        raise ValueError(f"{what} has {tokens} tokens; with {new_tokens} new ones it exceeds the context of {context}; "
+                         "lower --max_latent_tokens, split the chunk, or train with a larger --model.context")
 
 
 @torch.inference_mode()
@@ -291,7 +257,8 @@ def generate(model: GPT, prompts: list[list[int]], uniforms: Tensor, *, stop: li
     uniforms: (N, K, L) float64, one for every token that may be drawn; none of the ids `banned` is. Each prompt is
     prefilled once for its K draws; `rows` draws decode together. ended(draws) is told how many more have ended.
     """
-    check_room(model.config.context, max(map(len, prompts)), uniforms.shape[2])
+    N, K, L = uniforms.shape
+    check_room(model.config.context, max(map(len, prompts)), L)
     stops, bans = vocabulary_mask(model, stop), vocabulary_mask(model, banned)
 
     def choose(logits, uniforms):
@@ -299,14 +266,19 @@ def generate(model: GPT, prompts: list[list[int]], uniforms: Tensor, *, stop: li
         token = log_q.argmax(dim=-1) if greedy else inverse_cdf(log_q.exp(), uniforms)
         return token, log_q.gather(1, token[:, None]).squeeze(1)
 
-    decoder = Decoder(model, prompts, uniforms.double(), choose, stops, rows)
-    decoder.run(ended)
-    ids = decoder.ids.cpu()
+    order = np.argsort([-len(prompt) for prompt in prompts], kind="stable").repeat(K) * K + np.tile(np.arange(K), N)
+    size, row_steps = rows - rows % K if K <= rows else rows, 0        # draws of prompts of like length start together
+    ids, log_prob = torch.zeros(N * K, L, dtype=torch.long), torch.zeros(N * K)
+    for draws in np.split(order, range(size, N * K, size)):
+        used, owner = np.unique(draws // K, return_inverse=True)
+        mine, numbers = [prompts[n] for n in used], uniforms.view(N * K, L)[draws].double()
+        found = decode_batch(model, mine, owner, numbers, choose, stops, ended)
+        ids[draws], log_prob[draws], row_steps = found[0].cpu(), found[1].cpu(), row_steps + found[2]
     drawn = ids >= 0
     finished = (stops.cpu()[ids] & drawn).any(dim=-1)
     lengths = (drawn.sum(dim=-1) - finished.long()).tolist()        # the stop id is the last of a draw that has one
-    return Generated([row[:n] for row, n in zip(ids.tolist(), lengths)], decoder.log_prob.cpu(), finished,
-                     int(drawn.sum()), decoder.row_steps)
+    ids = [row[:n] for row, n in zip(ids.tolist(), lengths)]
+    return Generated(ids, log_prob, finished, int(drawn.sum()), row_steps)
 
 
 # ---- propose ---------------------------------------------------------------------------------------------------
@@ -368,8 +340,7 @@ def score(model: GPT, prompts: list[list[int]], owners: list[int], sequences: li
         of_prompt[owner].append(number)
         check_room(model.config.context, len(prompts[owner]), len(sequences[number].ids) - 1)
     for group in length_batches([len(prompt) for prompt in prompts], most):
-        cache = Prompts(model.config, len(group), len(prompts[group[0]]) - 1, device, model.dtype)
-        prompt_slots = prefill(model, cache, [prompts[n] for n in group])
+        cache = prefill(model, [prompts[n] for n in group])
         numbers = [number for n in group for number in of_prompt[n]]
         owner = np.repeat(np.arange(len(group)), [len(of_prompt[n]) for n in group])
         for part in length_batches([len(sequences[number].ids) for number in numbers], few):
@@ -377,10 +348,10 @@ def score(model: GPT, prompts: list[list[int]], owners: list[int], sequences: li
             # a sequence starts with the last token of its prompt, which is not in the cache
             rows = [[sequences[number].after(prompts[owners[number]][-1:])] for number in here]
             batch = collate(rows, max(2, *(len(row[0].ids) for row in rows)) - 1).to(device)
-            branches, tokens = Branches(cache, len(part)), batch.ids.shape[1]
-            branches.group(owner[part], prompt_slots)
+            branches, tokens = Branches(cache, owner[part]), batch.ids.shape[1]
             branches.at(torch.zeros(1, dtype=torch.long, device=device), tokens, tokens)
-            log_p[here] = model(batch.ids, batch.targets, cache=branches if prompt_slots else None).sum(dim=-1).cpu()
+            nothing_before = branches.prompt_slots == 0
+            log_p[here] = model(batch.ids, batch.targets, cache=None if nothing_before else branches).sum(dim=-1).cpu()
     return log_p
 
 

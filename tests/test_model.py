@@ -52,22 +52,19 @@ def test_cached_equals_uncached_at_every_split(split):
     """A prompt through the cache, then the rest, token by token or at once, gives the hidden states of one pass."""
     model, ids = random_model(V), ids_of(2, 12)
     whole, prompts = model.hidden(ids), prompts_of(model, ids, [split, split])
-    at_once, stepwise = Branches(prompts, 2), Branches(prompts, 2, slots=12)
-    for branches in (at_once, stepwise):
-        branches.group(np.array([0, 1]), split)
+    at_once, stepwise = Branches(prompts, np.arange(2)), Branches(prompts, np.arange(2), slots=4)
     torch.testing.assert_close(read(model, at_once, ids[:, split:]), whole[:, split:])
     for t in range(split, 12):
         torch.testing.assert_close(read(model, stepwise, ids[:, t:t + 1], t - split), whole[:, t:t + 1])
 
 
 @pytest.mark.parametrize("owner", [[0, 1, 2], [2, 2, 0, 2, 0], [1], [2, 1, 1, 1]])
-@pytest.mark.parametrize("shape", [None, (3, 4)])
-def test_ragged_branches_equal_one_row_at_a_time(owner, shape):
+@pytest.mark.parametrize("fixed", [False, True])
+def test_ragged_branches_equal_one_row_at_a_time(owner, fixed):
     """Prompts of different lengths with any number of rows each, read in one shape or another: each row as if alone."""
     model, lengths, rows = random_model(V), [3, 7, 5], len(owner)
     ids, new = ids_of(3, 7), ids_of(rows, 4, seed=2)
-    branches = Branches(prompts_of(model, ids, lengths), 6, slots=9)
-    branches.group(np.array(owner), 7, shape)
+    branches = Branches(prompts_of(model, ids, lengths), np.array(owner), slots=9, fixed=fixed)
     for t in range(4):
         step = read(model, branches, new[:, t:t + 1], t, own_slots=(t + 1, 9)[t % 2])
         for row, n in enumerate(owner):
@@ -76,12 +73,12 @@ def test_ragged_branches_equal_one_row_at_a_time(owner, shape):
 
 
 @pytest.mark.parametrize("alive", [[1, 1, 0, 1, 1], [0, 0, 0, 1, 1], [0, 1, 0, 0, 0], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
-def test_rows_that_are_kept_go_on_as_if_the_others_had_never_been(alive):
+@pytest.mark.parametrize("fixed", [False, True])
+def test_rows_that_are_kept_go_on_as_if_the_others_had_never_been(alive, fixed):
     """Rows from the end move up into the gaps, and `keep` says which row each place has now."""
     model, owner, lengths = random_model(V), np.array([0, 0, 1, 1, 1]), [6, 4]
     ids, new = ids_of(2, 6), ids_of(5, 3, seed=3)
-    branches = Branches(prompts_of(model, ids, lengths), 5, slots=3)
-    branches.group(owner, 6)
+    branches = Branches(prompts_of(model, ids, lengths), owner, slots=3, fixed=fixed)
     read(model, branches, new[:, :1])
     order = branches.keep(np.array(alive, bool))
     assert sorted(order) == list(np.flatnonzero(alive))

@@ -309,7 +309,7 @@ def test_a_recorded_step_draws_the_same(small, monkeypatch, rows, look):
     replayed = generate(model, prompts, uniforms, rows=rows, **others)
     assert replayed.ids == called.ids and torch.equal(replayed.finished, called.finished)
     torch.testing.assert_close(replayed.log_prob, called.log_prob, atol=1e-5, rtol=1e-5)
-    assert 1 <= len(recordings) < 20
+    assert 1 <= len(recordings) <= 8 * math.ceil(360 / min(rows, 360))        # a few shapes a batch
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
