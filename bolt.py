@@ -13,8 +13,11 @@
 Everything lands in --out; killed and started again with the same command, it continues. On a CPU with two cores the
 baselines run beside the loop, in a second process.
 
-Told from the top down:  config -> main -> the loop -> the baselines -> evaluate -> the corpora -> report
+Told from the top down:  main -> the loop -> config -> models without an E-step -> evaluate -> the corpora ->
+                         a second process -> report
 """
+from __future__ import annotations
+
 import itertools
 import json
 import math
@@ -41,6 +44,95 @@ from model import GPT, read_checkpoint, restore
 from sample_latents import (Block, Evidence, Place, SampleConfig, at_precision, check_room, chosen_dtype, complete,
                             e_step, importance_bound, infer, score, survey, think_and_answer)
 from train import TrainConfig, TrainState, check_rows, train
+
+
+# ---- main ------------------------------------------------------------------------------------------------------
+
+def main(argv=None) -> None:
+    config, start = parse_config(BoltConfig(), argv, __doc__), time.time()
+    names, ranks = config.arm_names, start_ranks(config.device)
+    digest = corpus_digest(config.data) if config.data else ""
+    lab = open_lab(config, ranks)
+    open_run(config.out, config, ranks, data_sha256=digest)
+    counts = ", ".join(f"{len(documents)} {name}" for name, documents in lab.corpora.items())
+    ranks.say(f"{config.out}: {counts} documents, {ranks.device}")
+    names = [name for name in names if name != "oracle" or name in lab.corpora]
+    beside = [name for name in BESIDE if name in names] if two_processes(ranks) else []
+    second = start_beside(config, beside) if beside else None
+    run_arms(lab, [name for name in names if name not in beside])
+    if second:
+        second.join()
+        if second.exitcode:
+            raise ValueError("a baseline failed, see above; the same command goes on")
+    if ranks.main:
+        ranks.say(f"\n{report(lab)}\n\n{config.out}/report.md, after {time.time() - start:.0f} s")
+
+
+def run_arms(lab: Lab, names: list[str]) -> None:
+    for name in names:
+        lab.ranks.say(f"{ARMS[name].label} [{name}]")
+        if ARMS[name].draws is None:
+            train_arm(lab, name)
+        else:
+            em(lab, name)
+
+
+# ---- the loop --------------------------------------------------------------------------------------------------
+
+def em(lab: Lab, name: str) -> None:
+    """The loop of the paper. Every M-step starts again from the warm start, so only the thoughts carry over.
+
+    `passes` is what a model took, in forward passes of a token: training a token counts as three (a backward pass is
+    two), prefilling, drawing and scoring one as one. FLOPs are 2 x parameters x passes.
+    """
+    config, raw = lab.config, f"{lab.folder}/raw.jsonl"
+    warm, passes = warm_start(lab)
+    model, sample = warm, sample_config(config, ARMS[name].draws)
+    for t in tqdm(range(1, config.rounds + 1), desc=f"{name} rounds", leave=False, disable=not lab.ranks.main):
+        out = f"{config.out}/{name}/round_{t}"
+        drawn = f"{out}/latents.jsonl"
+        figures = e_step(model, lab.tokenizer, raw, lab.blocks, sample, t, drawn, lab.ranks)     # z ~ q, kept by p / q
+        latents = encode_corpus(read_corpus(drawn), lab.tokenizer)
+        model, state = fit(lab, latents, m_step(config, t), out, base=warm)                      # fit p and q
+        passes += sum(figures[f"{kind}_tokens"] for kind in ("prefilled", "sampled", "scored")) + 3 * state.tokens
+        weigh = name == "em" or t == config.rounds
+        measure(lab, f"{out}/step_last.json", passes, lambda: {"e_step": figures} | evaluate(lab, model, weigh=weigh))
+
+
+def m_step(config: BoltConfig, round: int) -> TrainConfig:
+    return replace(config.train, seed=config.seed + 1000 * round)
+
+
+def sample_config(config: BoltConfig, draws: int) -> SampleConfig:
+    """An E-step's settings. A single draw is not weighed, so it comes from the model as it is, at temperature 1."""
+    sample = replace(config.sample, num_latents=draws or config.sample.num_latents, seed=config.seed)
+    return replace(sample, temperature=1.0) if sample.num_latents == 1 else sample
+
+
+def fit(lab: Lab, documents: list[Document], config: TrainConfig, folder: str, base: GPT | None = None,
+        at_checkpoint=lambda model, state: None) -> tuple[GPT, TrainState]:
+    """Train a fresh model, or one that starts from the weights of `base`."""
+    os.makedirs(folder, exist_ok=True)
+    model = GPT(replace(config.model, vocab_size=lab.tokenizer.vocab_size), config.seed).to(lab.ranks.device)
+    if base is not None:
+        model.load_state_dict(base.state_dict())
+    title = os.path.relpath(folder, lab.config.out)
+    state = train(model, lab.tokenizer, documents, config, folder, lab.ranks, title,
+                  at_checkpoint=lambda state, forward: at_checkpoint(model, state))
+    return model, state
+
+
+def warm_start(lab: Lab) -> tuple[GPT, float]:
+    """The model that every M-step starts from and what it took, once it is there: another process may be making it."""
+    path = f"{lab.config.out}/warm/ckpt.pt"
+    wait_for(path, lambda: read_checkpoint(path)["state"]["step"] == lab.config.warm_steps)
+    saved = read_checkpoint(path)
+    return restore(saved, lab.ranks.device), 3 * saved["state"]["tokens"]
+
+
+def wait_for(path: str, ready=lambda: True) -> None:
+    while not os.path.exists(path) or not ready():
+        time.sleep(0.1)
 
 
 # ---- config ----------------------------------------------------------------------------------------------------
@@ -103,121 +195,9 @@ class BoltConfig:
         return [name for name in ARMS if name == "warm" or name in names]
 
 
-# ---- main ------------------------------------------------------------------------------------------------------
-
-def main(argv=None) -> None:
-    config, start = parse_config(BoltConfig(), argv, __doc__), time.time()
-    names, ranks = config.arm_names, start_ranks(config.device)
-    digest = corpus_digest(config.data) if config.data else ""
-    lab = open_lab(config, ranks)
-    open_run(config.out, config, ranks, data_sha256=digest)
-    counts = ", ".join(f"{len(documents)} {name}" for name, documents in lab.corpora.items())
-    ranks.say(f"{config.out}: {counts} documents, {ranks.device}")
-    names = [name for name in names if name != "oracle" or name in lab.corpora]
-    beside = [name for name in BESIDE if name in names] if two_processes(ranks) else []
-    second = start_beside(config, beside) if beside else None
-    run_arms(lab, [name for name in names if name not in beside])
-    if second:
-        second.join()
-        if second.exitcode:
-            raise ValueError("a baseline failed, see above; the same command goes on")
-    if ranks.main:
-        ranks.say(f"\n{report(lab)}\n\n{config.out}/report.md, after {time.time() - start:.0f} s")
-
-
-def two_processes(ranks: Ranks) -> bool:
-    """Small models gain little from a second thread and much from a second process (OMP_NUM_THREADS=1: neither)."""
-    return ranks.world == 1 and ranks.device.type == "cpu" and torch.get_num_threads() > 1
-
-
-def start_beside(config: BoltConfig, names: list[str]) -> multiprocessing.Process:
-    """Run some arms in a second process, which ends with this one and shows no progress bars."""
-    torch.set_num_threads(torch.get_num_threads() // 2)
-    arguments = (config, names, torch.get_num_threads())
-    process = multiprocessing.get_context("spawn").Process(target=run_beside, args=arguments, daemon=True)
-    os.environ["TQDM_DISABLE"] = "1"
-    process.start()
-    del os.environ["TQDM_DISABLE"]
-    return process
-
-
-def run_beside(config: BoltConfig, names: list[str], threads: int) -> None:
-    """The second process."""
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-    torch.set_num_threads(threads)
-    script(lambda argv: run_arms(open_lab(config, start_ranks(config.device)), names))
-
-
-def run_arms(lab: "Lab", names: list[str]) -> None:
-    for name in names:
-        lab.ranks.say(f"{ARMS[name].label} [{name}]")
-        if ARMS[name].draws is None:
-            train_arm(lab, name)
-        else:
-            em(lab, name)
-
-
-# ---- the loop --------------------------------------------------------------------------------------------------
-
-def em(lab: "Lab", name: str) -> None:
-    """The loop of the paper. Every M-step starts again from the warm start, so only the thoughts carry over.
-
-    `passes` is what a model took, in forward passes of a token: training a token counts as three (a backward pass is
-    two), prefilling, drawing and scoring one as one. FLOPs are 2 x parameters x passes.
-    """
-    config, raw = lab.config, f"{lab.folder}/raw.jsonl"
-    warm, passes = warm_start(lab)
-    model, sample = warm, sample_config(config, ARMS[name].draws)
-    for t in tqdm(range(1, config.rounds + 1), desc=f"{name} rounds", leave=False, disable=not lab.ranks.main):
-        out = f"{config.out}/{name}/round_{t}"
-        drawn = f"{out}/latents.jsonl"
-        figures = e_step(model, lab.tokenizer, raw, lab.blocks, sample, t, drawn, lab.ranks)     # z ~ q, kept by p / q
-        latents = encode_corpus(read_corpus(drawn), lab.tokenizer)
-        model, state = fit(lab, latents, m_step(config, t), out, base=warm)                      # fit p and q
-        passes += sum(figures[f"{kind}_tokens"] for kind in ("prefilled", "sampled", "scored")) + 3 * state.tokens
-        weigh = name == "em" or t == config.rounds
-        measure(lab, f"{out}/step_last.json", passes, lambda: {"e_step": figures} | evaluate(lab, model, weigh=weigh))
-
-
-def m_step(config: BoltConfig, round: int) -> TrainConfig:
-    return replace(config.train, seed=config.seed + 1000 * round)
-
-
-def sample_config(config: BoltConfig, draws: int) -> SampleConfig:
-    """An E-step's settings. A single draw is not weighed, so it comes from the model as it is, at temperature 1."""
-    sample = replace(config.sample, num_latents=draws or config.sample.num_latents, seed=config.seed)
-    return replace(sample, temperature=1.0) if sample.num_latents == 1 else sample
-
-
-def fit(lab: "Lab", documents: list[Document], config: TrainConfig, folder: str, base: GPT | None = None,
-        at_checkpoint=lambda model, state: None) -> tuple[GPT, TrainState]:
-    """Train a fresh model, or one that starts from the weights of `base`."""
-    os.makedirs(folder, exist_ok=True)
-    model = GPT(replace(config.model, vocab_size=lab.tokenizer.vocab_size), config.seed).to(lab.ranks.device)
-    if base is not None:
-        model.load_state_dict(base.state_dict())
-    title = os.path.relpath(folder, lab.config.out)
-    state = train(model, lab.tokenizer, documents, config, folder, lab.ranks, title,
-                  at_checkpoint=lambda state, forward: at_checkpoint(model, state))
-    return model, state
-
-
 # ---- models without an E-step: the warm start and the baselines ------------------------------------------------
 
-def warm_start(lab: "Lab") -> tuple[GPT, float]:
-    """The model that every M-step starts from and what it took, once it is there: another process may be making it."""
-    path = f"{lab.config.out}/warm/ckpt.pt"
-    wait_for(path, lambda: read_checkpoint(path)["state"]["step"] == lab.config.warm_steps)
-    saved = read_checkpoint(path)
-    return restore(saved, lab.ranks.device), 3 * saved["state"]["tokens"]
-
-
-def wait_for(path: str, ready=lambda: True) -> None:
-    while not os.path.exists(path) or not ready():
-        time.sleep(0.1)
-
-
-def train_arm(lab: "Lab", name: str) -> None:
+def train_arm(lab: Lab, name: str) -> None:
     """Train and evaluate the model of an arm without E-steps; a long one is evaluated several times on the way."""
     arm, config, folder = ARMS[name], lab.config, f"{lab.config.out}/{name}"
     base, before = warm_start(lab) if arm.base == "warm" else (None, 0)
@@ -235,7 +215,7 @@ def train_arm(lab: "Lab", name: str) -> None:
     fit(lab, documents, settings, folder, base, check)
 
 
-def steps_of_budget(lab: "Lab", arm: Arm, documents: list[Document], settings: TrainConfig) -> int:
+def steps_of_budget(lab: Lab, arm: Arm, documents: list[Document], settings: TrainConfig) -> int:
     """Optimizer steps of an arm: those of the settings, or what gives it the observed tokens or the FLOPs of one
     trained model (warm start and M-step), or the FLOPs of the whole loop, E-steps counted."""
     config, warm, m = lab.config, lab.config.warm_steps, lab.config.train.steps
@@ -252,7 +232,7 @@ def steps_of_budget(lab: "Lab", arm: Arm, documents: list[Document], settings: T
     return max(1, round((warm + m) * share))
 
 
-def per_step(lab: "Lab", documents: list[Document], settings: TrainConfig) -> tuple[float, float]:
+def per_step(lab: Lab, documents: list[Document], settings: TrainConfig) -> tuple[float, float]:
     """Tokens and observed tokens of a training step, the mean of the first twenty."""
     batches = training_batches(documents, lab.layout, settings, Position(), lab.ranks)
     pairs = [(batch.num_tokens, batch.num_observed) for batch in itertools.islice(batches, 20)]
@@ -261,7 +241,7 @@ def per_step(lab: "Lab", documents: list[Document], settings: TrainConfig) -> tu
 
 # ---- evaluate --------------------------------------------------------------------------------------------------
 
-def measure(lab: "Lab", path: str, passes: float, score) -> None:
+def measure(lab: Lab, path: str, passes: float, score) -> None:
     """Keep the evaluation of a model in a file; `score()` makes it where it is not there yet."""
     if lab.ranks.main and not os.path.exists(path):
         record = {"passes": passes} | score()
@@ -273,7 +253,7 @@ def measure(lab: "Lab", path: str, passes: float, score) -> None:
     lab.ranks.barrier()
 
 
-def evaluate(lab: "Lab", model: GPT, thinks: bool = True, weigh: bool = True) -> dict:
+def evaluate(lab: Lab, model: GPT, thinks: bool = True, weigh: bool = True) -> dict:
     """Everything measured of a model on held-out documents; lists have an entry per document.
 
     tokens, bytes: observed. correct, in corpora with answers: greedy answer right (a model that thinks writes its
@@ -311,7 +291,7 @@ def observed_bytes(record: dict) -> int:
     return sum(len(chunk["suffix"].encode()) for chunk in record["chunks"] if not chunk.get("given"))
 
 
-def nll_direct(lab: "Lab", model: GPT, places: list[Place], no_thought: bool) -> list[float | None]:
+def nll_direct(lab: Lab, model: GPT, places: list[Place], no_thought: bool) -> list[float | None]:
     """-log p(x | C) without a thought, nats per document."""
     prompts = [lab.layout.direct_prompt(*place, no_thought) for place in places]
     texts = [Sequence().add(TEXT, document.chunks[c].suffix) for document, c in places]
@@ -339,7 +319,7 @@ def per_document(places: list[Place], values: list[float]) -> list[float | None]
     return [value if math.isfinite(value) else None for value in sums.values()]
 
 
-def answers_right(lab: "Lab", model: GPT, documents: list[Document], mode: str) -> list[bool]:
+def answers_right(lab: Lab, model: GPT, documents: list[Document], mode: str) -> list[bool]:
     """Whether the greedy answer in the last chunk is the document's. mode: thought, no_thought or raw."""
     layout, places = lab.layout, [(document, len(document.chunks) - 1) for document in documents]
     longest, sample = longest_answer(documents), lab.config.sample
@@ -425,6 +405,31 @@ def check_context(layout: Layout, documents: list[Document], config: BoltConfig,
             if not chunk.given:
                 check_room(context, len(layout.posterior_prompt(document, c)), thought, what)
         check_room(context, len(layout.prior_prompt(document, last)), answer, what)
+
+
+# ---- a second process ------------------------------------------------------------------------------------------
+
+def two_processes(ranks: Ranks) -> bool:
+    """Small models gain little from a second thread and much from a second process (OMP_NUM_THREADS=1: neither)."""
+    return ranks.world == 1 and ranks.device.type == "cpu" and torch.get_num_threads() > 1
+
+
+def start_beside(config: BoltConfig, names: list[str]) -> multiprocessing.Process:
+    """Run some arms in a second process, which ends with this one and shows no progress bars."""
+    torch.set_num_threads(torch.get_num_threads() // 2)
+    arguments = (config, names, torch.get_num_threads())
+    process = multiprocessing.get_context("spawn").Process(target=run_beside, args=arguments, daemon=True)
+    os.environ["TQDM_DISABLE"] = "1"
+    process.start()
+    del os.environ["TQDM_DISABLE"]
+    return process
+
+
+def run_beside(config: BoltConfig, names: list[str], threads: int) -> None:
+    """The second process."""
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    torch.set_num_threads(threads)
+    script(lambda argv: run_arms(open_lab(config, start_ranks(config.device)), names))
 
 
 # ---- report ----------------------------------------------------------------------------------------------------
