@@ -20,9 +20,9 @@ count, absolute speeds do not.
 What bounds it in bfloat16 on one core with AMX (profiles of 2026-11-25): scoring S spends 26% in matrix products, 23%
 in scaled_dot_product_attention, 18% in elementwise products of norms, rotation and the MLP, 6% in silu; only fusing
 these would help much, and compiling takes 16 to 31 s for 1.2 x. bmm + softmax for attention is slower (.86), RMSNorm
-without a float32 copy gains 1.06. Sampling S spends 25% in the products with the weights and 21% in those of attention; the rest
-is spread over 60 small operations a layer. Keys and values that did not fill their memory cost 1.3 x (products of parts
-of a tensor are first copied), a bfloat16 head gains 1.6 x in scoring M.
+without a float32 copy gains 1.06. Sampling S spends 25% in the products with the weights and 21% in those of
+attention; the rest is spread over 60 small operations a layer. Keys and values that did not fill their memory cost 1.3
+x (products of parts of a tensor are first copied), a bfloat16 head gains 1.6 x in scoring M.
 """
 import argparse
 import json

@@ -21,9 +21,9 @@ What bounds the step in bfloat16 on one core with AMX, torch 2.13 (profile of 20
     M compiled       45%   3%, 14%                       34% in fused kernels                          3%
 
 Tried at S in turn, eager: bmm + softmax for attention 1.07 x (compiled: S 1.10, M .97), one matrix for q, k, v 1.02,
-for gate and up .95, a bfloat16 residual stream 1.00, loss in slabs 1.00, no clipping 1.01. What gained: malloc that keeps
-freed memory 1.1 x eager, 1.19 compiled (`keep_freed_memory`), torch.compile 1.4 x at S and 1.2 at M and B. Compiling
-takes 15 to 65 s (S), 40 s (M), 210 s (B) with an empty cache.
+for gate and up .95, a bfloat16 residual stream 1.00, loss in slabs 1.00, no clipping 1.01. What gained: malloc that
+keeps freed memory 1.1 x eager, 1.19 compiled (`keep_freed_memory`), torch.compile 1.4 x at S and 1.2 at M and B.
+Compiling takes 15 to 65 s (S), 40 s (M), 210 s (B) with an empty cache.
 """
 import argparse
 import itertools

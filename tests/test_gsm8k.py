@@ -1,9 +1,14 @@
 """Laws of the GSM8K door, on three problems written in its format."""
 import json
+from pathlib import Path
 
 import pytest
 
+from bolt import BoltConfig
 from data.gsm8k.prepare import main, write_document
+from data.run import parse_config
+
+ROOT = Path(__file__).resolve().parent.parent
 
 PROBLEMS = [
     {"question": "Ann has 48 clips. She sells half, then 5 more. How many did she sell?",
@@ -56,3 +61,9 @@ def test_bad_sources_are_named(tmp_path):
     (tmp_path / "few.jsonl").write_text(json.dumps(PROBLEMS[0]) + "\n")
     with pytest.raises(ValueError, match="--raw"):
         main(["--source", str(tmp_path / "few.jsonl"), "--out", str(tmp_path)])
+
+
+def test_the_settings_beside_the_corpus_are_settings_of_bolt():
+    config = parse_config(BoltConfig(), ["--config", str(ROOT / "data" / "gsm8k" / "bolt.json")], "")
+    assert config.data == "data/gsm8k" and config.train.model.width == 128 and config.sample.num_latents == 4
+    assert config.arm_names[0] == "warm"

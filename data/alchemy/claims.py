@@ -116,7 +116,7 @@ def verdicts(records: dict[str, dict], num_latents: int) -> list[Verdict]:
         controls = [records[name] for name in ("warm", "warm_long", "gold_plus_raw") if name in records]
         found.append(learns_hidden_facts(last, controls))
     steps = [(after, before, -1.0) for before, after in zip(rounds, rounds[1:])]
-    found.append(beats("C3 rounds improve: the last beats the first, none is clearly worse than the one before",
+    found.append(beats("C3 rounds improve: the last beats the first; then none is clearly worse than the one before",
                        [(last, first, 3.0), *steps]))
     for draws in (1, 4):
         other, name = records.get(f"k{draws}/round_{len(rounds) - 1}"), next(iter(figures(last)))
