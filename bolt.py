@@ -416,7 +416,7 @@ def two_processes(ranks: Ranks) -> bool:
 
 def start_beside(config: BoltConfig, names: list[str]) -> multiprocessing.Process:
     """Run some arms in a second process, which ends with this one and shows no progress bars."""
-    torch.set_num_threads(torch.get_num_threads() // 2)
+    torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     arguments = (config, names, torch.get_num_threads())
     process = multiprocessing.get_context("spawn").Process(target=run_beside, args=arguments, daemon=True)
     os.environ["TQDM_DISABLE"] = "1"
