@@ -261,7 +261,7 @@ def evaluate(lab: Lab, model: GPT, thinks: bool = True, weigh: bool = True) -> d
     bound of a model that thinks, else exact; None where every draw was unfinished. hidden, known: see
     data/alchemy/claims.py. With weigh=False nothing is drawn.
     """
-    model = at_precision(model, chosen_dtype(lab.config.out, lab.config.sample, model.config, lab.ranks))
+    model = at_precision(model, lab.dtype)
     held_out, records = lab.corpora["held_out"], [document.record for document in lab.corpora["held_out"]]
     places = [(document, c) for document in held_out for c, chunk in enumerate(document.chunks) if not chunk.given]
     scores = {"tokens": [observed_tokens(document) for document in held_out],
@@ -352,7 +352,7 @@ CORPORA = ("gold", "raw", "held_out", "probes", "oracle")     # only the embedde
 class Lab:
     """What every arm works with: the corpora of `folder`. gold has thoughts, raw has none; held_out and probes are for
     evaluation only; oracle is raw with its true thoughts; blocks are those of raw, see `survey`; world is the table
-    behind the embedded corpus, else None."""
+    behind the embedded corpus, else None; dtype is what evaluations compute in."""
     config: BoltConfig
     ranks: Ranks
     folder: Path
@@ -361,6 +361,7 @@ class Lab:
     corpora: dict[str, list[Document]]
     blocks: list[Block]
     world: World | None
+    dtype: str
 
 
 def corpus_digest(folder: str) -> str:
@@ -391,7 +392,8 @@ def open_lab(config: BoltConfig, ranks: Ranks) -> Lab:
     blocks = survey(f"{folder}/raw.jsonl", layout, config.sample, config.train.model.context)
     for name in ("held_out", "probes"):
         check_context(layout, corpora.get(name, []), config, f"{folder}/{name}.jsonl")
-    return Lab(config, ranks, folder, tokenizer, layout, corpora, blocks, world)
+    dtype = chosen_dtype(config.out, config.sample, config.train.model, ranks)
+    return Lab(config, ranks, folder, tokenizer, layout, corpora, blocks, world, dtype)
 
 
 def check_context(layout: Layout, documents: list[Document], config: BoltConfig, path: str) -> None:

@@ -222,3 +222,17 @@ def test_the_second_process_gives_the_same_figures(corpus, finished, tmp_path, m
         assert path.read_text() == (out / path.relative_to(finished)).read_text()
 
 
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_give_the_models_of_one(corpus, tmp_path):
+    """Two gloo processes share the loop: it ends, evaluations included, with the figures of one to floating point."""
+    root, flags = os.path.dirname(bolt.__file__), ["--data", str(corpus), "--arms", "em,raw_total", *TINY]
+    main([*flags, "--out", str(tmp_path / "one")])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, "bolt.py", *flags, "--out", str(tmp_path / "two")]
+    subprocess.run(command, cwd=root, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    one, two = (read_records(str(tmp_path / name))[0] for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name in one:
+        assert one[name]["nll_direct"] == pytest.approx(two[name]["nll_direct"], rel=1e-2)
