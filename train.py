@@ -237,7 +237,7 @@ def validate(forward: Forward, tokenizer: Tokenizer, documents, config: TrainCon
         kinds = [there.kinds == kind for kind in (LATENT, TEXT, MARKER)]
         sums[:6] += torch.stack([(nll * kind).sum() for kind in kinds] + [kind.sum() for kind in kinds]).cpu()
         sums[6] += sizes[batch.targets[batch.kinds == TEXT]].sum()
-    nll, counts, (text_bytes,) = ranks.sum(sums.to(ranks.device)).cpu().tensor_split([3, 6])
+    nll, counts, (text_bytes,) = ranks.sum(sums).tensor_split([3, 6])
     if not counts.any():
         return {}
     names = ("val_nll_latent", "val_nll_text", "val_nll_marker")
@@ -274,8 +274,9 @@ class Meter:
 
     def record(self, step: int, learning_rate: float) -> dict:
         """The means since the last record, nats over all ranks. Raises ValueError where they are not finite."""
-        seconds, norm = time.perf_counter() - self.since, torch.stack(self.norms).mean().item()
+        norm = torch.stack(self.norms).mean().item()
         latent, text, loss = (self.ranks.sum(self.sums).cpu() / self.counts.clamp(min=1)).tolist()
+        seconds = time.perf_counter() - self.since
         if not math.isfinite(loss + norm):
             raise ValueError(f"loss or gradient is not a number in steps {step - len(self.norms) + 1} to {step}; "
                              "ckpt.pt, if there, is of the steps before; lower --learning_rate, with another --out")
@@ -328,7 +329,7 @@ def train(model: GPT, tokenizer: Tokenizer, documents, config: TrainConfig, fold
     """
     path, optimizers = os.path.join(folder, "ckpt.pt"), make_optimizers(model, config, ranks.device)
     state = resume(path, model, optimizers, tokenizer)
-    if ranks.sum(torch.tensor(state.step, device=ranks.device)) != ranks.world * state.step:
+    if ranks.sum(torch.tensor(state.step)) != ranks.world * state.step:
         raise ValueError(f"{folder} is not at the same step on every node; put --out on a shared disk")
     if ranks.main:
         trim_metrics(folder, state.step)

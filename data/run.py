@@ -159,10 +159,12 @@ class Ranks:
             dist.barrier()
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Over all ranks, in place."""
-        if self.world > 1:
-            dist.all_reduce(tensor)
-        return tensor
+        """Over all ranks, of a tensor that lies anywhere."""
+        if self.world == 1:
+            return tensor
+        there = tensor.to(self.device, copy=True)
+        dist.all_reduce(there)
+        return there.to(tensor.device)
 
 
 def keep_freed_memory() -> None:
