@@ -579,7 +579,7 @@ def draw_blocks(model: GPT, layout: Layout, corpus: str, config: SampleConfig, r
             bar.set_postfix_str(summary)
     bar.close()
     if summary:
-        ranks.say(f"  {folder.parent}: {summary}")
+        ranks.say(f"  {folder.parent.with_suffix('')}: {summary}")
 
 
 def join_blocks(folder: Path, blocks: list[Block], out: str) -> None:
