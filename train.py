@@ -18,7 +18,7 @@ import shutil
 import time
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
-from typing import Callable, Iterator, Literal
+from typing import Callable, Literal
 
 import torch
 from torch import Tensor

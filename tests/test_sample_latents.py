@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sample_latents
 from data.corpus import encode_document, read_corpus
-from data.layout import GIVEN, TEXT, Layout, Sequence
+from data.layout import TEXT, Layout, Sequence
 from data.run import Ranks
 from data.tokens import tokenizer_for
 from model import read_checkpoint, restore, save_checkpoint
-from sample_latents import (SampleConfig, annotate, at_precision, effective_sample_size, e_step, figures_of, generate,
+from sample_latents import (SampleConfig, annotate, at_precision, effective_sample_size, e_step, generate,
                             importance_bound, infer, inverse_cdf, latent_uniforms, length_batches,
                             log_importance_weights, main, places_to_infer, proposal_log_probs, propose, resample, score,
                             score_joint, sums_of, survey, uniform_numbers, vocabulary_mask)

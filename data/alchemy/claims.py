@@ -4,7 +4,6 @@ A record is the evaluation of one model, see `evaluate` in bolt.py: lists have a
 `correct` (only in corpora with answers), `hidden` (facts a document needs that no gold thought states) and `nll`.
 The claims are decided by rules that know no figures, also for other corpora, as far as those have the figures.
 """
-import math
 from dataclasses import dataclass
 
 import numpy as np
