@@ -27,7 +27,7 @@ from model import read_checkpoint, restore, save_checkpoint
 from sample_latents import (SampleConfig, annotate, at_precision, effective_sample_size, e_step, generate,
                             importance_bound, infer, inverse_cdf, latent_uniforms, length_batches,
                             log_importance_weights, main, places_to_infer, proposal_log_probs, propose, resample, score,
-                            score_joint, sums_of, survey, uniform_numbers, vocabulary_mask)
+                            score_joint, survey, uniform_numbers, vocabulary_mask)
 from tests.conftest import log_prob_of, random_model
 
 CAP = 3        # max_latent_tokens of the enumerated world: thoughts of 0, 1 or 2 words finish, others do not
