@@ -173,8 +173,7 @@ class Branches:
         own_k, own_v = self.own(self.keys[layer], k), self.own(self.values[layer], v)                 # (B, G, So, D)
         y, own_size = attend_to_part(q, own_k, own_v, self.own_bias.repeat(H // G, 1))                # (B, G, H/G T, D)
         if self.prompt_slots:
-            prompt_k = self.prompts.keys[layer, self.used, :, :self.prompt_slots]                     # (P, G, Sp, D)
-            prompt_v = self.prompts.values[layer, self.used, :, :self.prompt_slots]
+            prompt_k, prompt_v = self.prompts.keys[layer, self.used], self.prompts.values[layer, self.used]
             prompt_y, size = map(self.apart, attend_to_part(self.together(q), prompt_k, prompt_v, self.prompt_bias))
             y = torch.lerp(y, prompt_y, torch.sigmoid(size - own_size).to(y.dtype))
         return y.view(B, H, T, D)

@@ -58,9 +58,9 @@ def where_hidden(record: dict) -> list[bool]:
 
 
 def read_records(out: str) -> tuple[dict[str, dict], dict[str, list[dict]]]:
-    """The evaluations in a run folder, {"em/round_1": ...}, and those on the way of each model in their order.
+    """Of each model of a run folder its evaluation, {"em/round_1": ...}, and all of them in their order.
 
-    Of several on the way the first has its best in each figure.
+    Where a model was evaluated several times, the former has its best in each figure.
     """
     on_the_way: dict[str, list[dict]] = {}
     for path in Path(out).glob("**/step_*.json"):
