@@ -9,6 +9,7 @@
     python bolt.py --seed 1 --out runs/seed1             another table of reactions and other documents
     python bolt.py --arms em --rounds 3                  only what you name
     python bolt.py --data data/gsm8k --encoding gpt2     a prepared corpus: FOLDER/{gold,raw,held_out}.jsonl
+    python bolt.py --base bases/SmolLM2-135M ...         every model starts from an open base
 
 Everything lands in --out; killed and started again with the same command, it continues. On a CPU with two cores the
 baselines run beside the loop, in a second process.
@@ -27,6 +28,7 @@ import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tqdm import tqdm
@@ -39,11 +41,11 @@ from data.layout import TEXT, Layout, Sequence
 from data.loader import Position, training_batches
 from data.report import curves_of, mean, model_rows, models_table, per_unit, plot, read_records, rounds_table
 from data.run import Ranks, open_run, option, parse_config, script, sha256_of, start_ranks, write_whole
-from data.tokens import Tokenizer, tokenizer_for
+from data.tokens import Tokenizer, tokenizer_for, tokenizer_from
 from model import GPT, read_checkpoint, restore
 from sample_latents import (Block, Evidence, Place, SampleConfig, at_precision, check_room, chosen_dtype, complete,
                             e_step, importance_bound, infer, score, survey, think_and_answer)
-from train import TrainConfig, TrainState, check_rows, train
+from train import TrainConfig, TrainState, new_model, read_start, settled, train, with_optimizer, with_steps
 
 
 # ---- main ------------------------------------------------------------------------------------------------------
@@ -53,7 +55,9 @@ def main(argv=None) -> None:
     names, ranks = config.arm_names, start_ranks(config.device)
     digest = corpus_digest(config.data) if config.data else ""
     lab = open_lab(config, ranks)
-    open_run(config.out, config, ranks, data_sha256=digest)
+    config = lab.config
+    base = sha256_of(config.base)[:16] if config.base and ranks.main else ""
+    open_run(config.out, config, ranks, data_sha256=digest, base_sha256=base)
     counts = ", ".join(f"{len(documents)} {name}" for name, documents in lab.corpora.items())
     ranks.say(f"{config.out}: {counts} documents, {ranks.device}")
     names = [name for name in names if name != "oracle" or name in lab.corpora]
@@ -80,23 +84,42 @@ def run_arms(lab: Lab, names: list[str]) -> None:
 # ---- the loop --------------------------------------------------------------------------------------------------
 
 def em(lab: Lab, name: str) -> None:
-    """The loop of the paper. Every M-step starts again from the warm start, so only the thoughts carry over.
+    """The loop of the paper. Every M-step starts again from the warm start, or what --restart says, so only thoughts
+    carry over. A loop that was killed goes on after the last round that was measured.
 
     `passes` is what a model took, in forward passes of a token: training a token counts as three (a backward pass is
     two), prefilling, drawing and scoring one as one. FLOPs are 2 x parameters x passes.
     """
-    config, raw = lab.config, f"{lab.folder}/raw.jsonl"
+    config, folder, raw = lab.config, f"{lab.config.out}/{name}", f"{lab.folder}/raw.jsonl"
     warm, passes = warm_start(lab)
-    model, sample = warm, sample_config(config, ARMS[name].draws)
-    for t in tqdm(range(1, config.rounds + 1), desc=f"{name} rounds", leave=False, disable=not lab.ranks.main):
-        out = f"{config.out}/{name}/round_{t}"
+    model, sample, done = warm, sample_config(config, ARMS[name].draws), rounds_done(folder, config.rounds)
+    if 0 < done < config.rounds:
+        model = restore(read_checkpoint(f"{folder}/round_{done}"), lab.ranks.device)
+        passes = json.loads(Path(f"{folder}/round_{done}/step_last.json").read_text())["passes"]
+    for t in tqdm(range(done + 1, config.rounds + 1), f"{name} rounds", leave=False, disable=not lab.ranks.main):
+        out = f"{folder}/round_{t}"
         drawn = f"{out}/latents.jsonl"
         figures = e_step(model, lab.tokenizer, raw, lab.blocks, sample, t, drawn, lab.ranks)     # z ~ q, kept by p / q
         latents = encode_corpus(read_corpus(drawn), lab.tokenizer)
-        model, state = fit(lab, latents, m_step(config, t), out, base=warm)                      # fit p and q
+        start = {"warm": warm, "base": None, "previous": model}[config.restart]
+        model, state = fit(lab, latents, m_step(config, t), out, start)                          # fit p and q
         passes += sum(figures[f"{kind}_tokens"] for kind in ("prefilled", "sampled", "scored")) + 3 * state.tokens
         weigh = name == "em" or t == config.rounds
         measure(lab, f"{out}/step_last.json", passes, lambda: {"e_step": figures} | evaluate(lab, model, weigh=weigh))
+        drop_model(lab, f"{folder}/round_{t - 1}")
+    if name != "em":
+        drop_model(lab, f"{folder}/round_{config.rounds}")
+
+
+def rounds_done(folder: str, rounds: int) -> int:
+    """The last round that was trained and measured; 0: none."""
+    return max((t for t in range(1, rounds + 1) if os.path.exists(f"{folder}/round_{t}/step_last.json")), default=0)
+
+
+def drop_model(lab: Lab, folder: str) -> None:
+    """Delete the weights of a model that is trained and measured, where the last round's alone are to be kept."""
+    if lab.config.keep_models == "last" and lab.ranks.main:
+        Path(folder, "ckpt.pt").unlink(missing_ok=True)
 
 
 def m_step(config: BoltConfig, round: int) -> TrainConfig:
@@ -109,13 +132,14 @@ def sample_config(config: BoltConfig, draws: int) -> SampleConfig:
     return replace(sample, temperature=1.0) if sample.num_latents == 1 else sample
 
 
-def fit(lab: Lab, documents: list[Document], config: TrainConfig, folder: str, base: GPT | None = None,
+def fit(lab: Lab, documents: list[Document], config: TrainConfig, folder: str, start: GPT | None = None,
         at_checkpoint=lambda model, state: None) -> tuple[GPT, TrainState]:
-    """Train a fresh model, or one that starts from the weights of `base`."""
+    """Train a model that has the weights of `start`, or those of the base, or fresh ones where there is no base."""
     os.makedirs(folder, exist_ok=True)
-    model = GPT(replace(config.model, vocab_size=lab.tokenizer.vocab_size), config.seed).to(lab.ranks.device)
-    if base is not None:
-        model.load_state_dict(base.state_dict())
+    config = with_steps(config, documents, lab.layout)
+    model = new_model(config, lab.base, lab.tokenizer).to(lab.ranks.device)
+    if start is not None:
+        model.load_state_dict(start.state_dict())
     title = os.path.relpath(folder, lab.config.out)
     state = train(model, lab.tokenizer, documents, config, folder, lab.ranks, title,
                   at_checkpoint=lambda state, forward: at_checkpoint(model, state))
@@ -123,9 +147,9 @@ def fit(lab: Lab, documents: list[Document], config: TrainConfig, folder: str, b
 
 
 def warm_start(lab: Lab) -> tuple[GPT, float]:
-    """The model that every M-step starts from and what it took, once it is there: another process may be making it."""
+    """The model that draws first and what it took, once it is there: another process may be making it."""
     path = f"{lab.config.out}/warm/ckpt.pt"
-    wait_for(path, lambda: read_checkpoint(path)["state"]["step"] == lab.config.warm_steps)
+    wait_for(path, lambda: not read_checkpoint(path)["optimizers"])         # the last one has none
     saved = read_checkpoint(path)
     return restore(saved, lab.ranks.device), 3 * saved["state"]["tokens"]
 
@@ -143,7 +167,7 @@ class Arm:
     label: str
     corpus: str                     # what it trains on, parts joined by +
     budget: str
-    base: str = "fresh"             # or warm: it starts from the warm start, as every M-step does
+    starts: str = "fresh"           # or warm: where M-steps start, from the warm start but for --restart base
     thinks: bool = True             # its text is evaluated with thoughts
     draws: int | None = None        # K of its E-steps; 0: that of --sample.num_latents; None: it has no E-step
 
@@ -166,14 +190,19 @@ BESIDE = ("raw_m_step", "raw_observed", "k1", "gold_plus_raw", "oracle", "warm_l
 @dataclass(frozen=True)
 class BoltConfig:
     data: str = option("", "folder of a prepared corpus; empty: the embedded one, made in --out/corpus with --seed")
+    base: str = option("", "folder of an open base, or a run, whose weights and vocabulary every model starts from")
     encoding: str = option("words", "tokens of the text: words, or an encoding of tiktoken such as gpt2")
     out: str = option("runs/bolt", "run folder: report.md, config.json, one folder per model")
     seed: int = option(0, "of the embedded corpus, the weights and the draws", above=-1)
     rounds: int = option(5, "EM rounds", above=0)
+    restart: Literal["warm", "base", "previous"] = option(
+        "warm", "where M-steps start: from the warm start, the base (else fresh weights), or the round before")
     warm_steps: int = option(1200, "optimizer steps of the warm start, on gold documents alone", above=0)
+    warm_epochs: float = option(0.0, "passes of the warm start over the gold documents, instead of --warm_steps")
     arms: str = option("all", f"what to run, a list with commas: all, study (all and k4), or of {', '.join(ARMS)}")
     device: str = option("auto", "auto, cpu, cuda or mps")
     bound_draws: int = option(16, "thoughts a chunk for the K-sample bound on held-out documents", above=0)
+    keep_models: Literal["all", "last"] = option("all", "weights left on the disk; last: warm start and last round")
     checks: int = option(3, "times a baseline as long as the loop is evaluated; its best counts", above=0)
     train: TrainConfig = option(TrainConfig(), "an M-step; see train.py")
     sample: SampleConfig = option(SampleConfig(), "an E-step; see sample_latents.py")
@@ -181,7 +210,10 @@ class BoltConfig:
     def __post_init__(self):
         if self.train.seed or self.sample.seed:
             raise ValueError("--train.seed and --sample.seed follow from --seed here; set that")
-        check_rows(self.train, self.train.model.context)
+        if self.base and self.encoding != "words":
+            raise ValueError("--base brings its vocabulary along; leave --encoding out")
+        if self.warm_epochs < 0:
+            raise ValueError(f"--warm_epochs {self.warm_epochs} is not allowed; give a number of at least 0")
 
     @property
     def arm_names(self) -> list[str]:
@@ -200,11 +232,14 @@ class BoltConfig:
 def train_arm(lab: Lab, name: str) -> None:
     """Train and evaluate the model of an arm without E-steps; a long one is evaluated several times on the way."""
     arm, config, folder = ARMS[name], lab.config, f"{lab.config.out}/{name}"
-    base, before = warm_start(lab) if arm.base == "warm" else (None, 0)
+    drops = config.keep_models == "last" and name != "warm"
+    if drops and os.path.exists(f"{folder}/step_last.json"):
+        return drop_model(lab, folder)
+    start, before = warm_start(lab) if arm.starts == "warm" and config.restart != "base" else (None, 0)
     documents = [document for part in arm.corpus.split("+") for document in lab.corpora[part]]
     settings = replace(m_step(config, 0), plain_as="no_thought" if arm.corpus == "gold+raw" else "plain")
     steps, long = steps_of_budget(lab, arm, documents, settings), arm.budget in ("loop", "all M-steps")
-    settings = replace(settings, steps=steps)
+    settings = replace(settings, steps=steps, epochs=0.0)
     settings = replace(settings, checkpoint_every=math.ceil(steps / config.checks)) if long else settings
 
     def check(model: GPT, state: TrainState) -> None:
@@ -212,13 +247,17 @@ def train_arm(lab: Lab, name: str) -> None:
         if last or long:
             measure(lab, f"{folder}/step_{'last' if last else state.step}.json", before + 3 * state.tokens,
                     lambda: evaluate(lab, model, arm.thinks, weigh=last))
-    fit(lab, documents, settings, folder, base, check)
+    fit(lab, documents, settings, folder, start, check)
+    if drops:
+        drop_model(lab, folder)
 
 
 def steps_of_budget(lab: Lab, arm: Arm, documents: list[Document], settings: TrainConfig) -> int:
     """Optimizer steps of an arm: those of the settings, or what gives it the observed tokens or the FLOPs of one
     trained model (warm start and M-step), or the FLOPs of the whole loop, E-steps counted."""
-    config, warm, m = lab.config, lab.config.warm_steps, lab.config.train.steps
+    config, gold = lab.config, lab.corpora["gold"]
+    warm = with_steps(replace(settings, steps=config.warm_steps, epochs=config.warm_epochs), gold, lab.layout).steps
+    m = with_steps(settings, documents, lab.layout).steps
     known = {"warm start": warm, "M-step": m, "all M-steps": config.rounds * m}
     if arm.budget in known:
         return known[arm.budget]
@@ -227,7 +266,9 @@ def steps_of_budget(lab: Lab, arm: Arm, documents: list[Document], settings: Tra
         record = f"{config.out}/em/round_{config.rounds}/step_last.json"
         wait_for(record)
         return max(1, round(json.loads(Path(record).read_text())["passes"] / 3 / tokens))
-    gold_tokens, gold_observed = per_step(lab, lab.corpora["gold"], settings)
+    gold_tokens, gold_observed = per_step(lab, gold, settings)
+    if settings.epochs:         # thoughts that are not drawn yet are taken to be as long as gold ones
+        m = settings.epochs * sum(map(observed_tokens, lab.corpora["raw"])) / gold_observed
     share = gold_observed / observed if arm.budget == "observed tokens" else gold_tokens / tokens
     return max(1, round((warm + m) * share))
 
@@ -352,10 +393,11 @@ CORPORA = ("gold", "raw", "held_out", "probes", "oracle")     # only the embedde
 class Lab:
     """What every arm works with: the corpora of `folder`. gold has thoughts, raw has none; held_out and probes are for
     evaluation only; oracle is raw with its true thoughts; blocks are those of raw, see `survey`; world is the table
-    behind the embedded corpus, else None; dtype is what evaluations compute in."""
+    behind the embedded corpus, else None; dtype is what evaluations compute in; base: see `read_start`."""
     config: BoltConfig
     ranks: Ranks
     folder: Path
+    base: dict | None
     tokenizer: Tokenizer
     layout: Layout
     corpora: dict[str, list[Document]]
@@ -375,13 +417,15 @@ def corpus_digest(folder: str) -> str:
 
 def open_lab(config: BoltConfig, ranks: Ranks) -> Lab:
     """Read the corpora; the embedded one is made where it is missing. ValueError for what would only show up late."""
-    folder = Path(config.data or f"{config.out}/corpus")
+    folder, base = Path(config.data or f"{config.out}/corpus"), read_start(config.base, ranks)
     if not config.data and ranks.main and not Path(config.out, "config.json").exists():
         make_embedded(folder, config.seed)
     ranks.barrier()
     paths = {name: folder / f"{name}.jsonl" for name in CORPORA}
     records = {name: read_corpus(str(path)) for name, path in paths.items() if path.exists() or name in CORPORA[:3]}
-    tokenizer = tokenizer_for(texts_of(itertools.chain(*records.values()), config.encoding), config.encoding)
+    texts = texts_of(itertools.chain(*records.values()), config.encoding)
+    tokenizer = tokenizer_from(base["tokenizer"]) if base else tokenizer_for(texts, config.encoding)
+    config = replace(config, train=with_optimizer(settled(config.train, base), tokenizer))
     corpora = {name: encode_corpus(part, tokenizer) for name, part in records.items()}
     corpora["held_out"] = [document for document in corpora["held_out"] if observed_tokens(document)]
     for name in CORPORA[:3]:
@@ -392,8 +436,8 @@ def open_lab(config: BoltConfig, ranks: Ranks) -> Lab:
     blocks = survey(f"{folder}/raw.jsonl", layout, config.sample, config.train.model.context)
     for name in ("held_out", "probes"):
         check_context(layout, corpora.get(name, []), config, f"{folder}/{name}.jsonl")
-    dtype = chosen_dtype(config.out, config.sample, config.train.model, ranks)
-    return Lab(config, ranks, folder, tokenizer, layout, corpora, blocks, world, dtype)
+    dtype = chosen_dtype(config.out, config.sample, base["model_config"] if base else config.train.model, ranks)
+    return Lab(config, ranks, folder, base, tokenizer, layout, corpora, blocks, world, dtype)
 
 
 def check_context(layout: Layout, documents: list[Document], config: BoltConfig, path: str) -> None:

@@ -24,12 +24,13 @@ KEPT_SLABS = 8      # are kept for the gradient; where there are more, logits ar
 # ---- config ----------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class GPTConfig:
-    vocab_size: int = field(default=0, metadata={"help": "entries of the vocabulary; 0: as many as the tokenizer has"})
-    context: int = field(default=256, metadata={"help": "longest sequence, in tokens"})
+class Shape:
+    """What one chooses of a model."""
+    context: int = field(default=256, metadata={"help": "longest sequence, in tokens; 0: 256, or that of the base"})
     layers: int = field(default=2, metadata={"help": "transformer blocks"})
     width: int = field(default=64, metadata={"help": "size of the residual stream"})
     heads: int = field(default=2, metadata={"help": "query heads; must divide the width"})
+    head_dim: int = field(default=0, metadata={"help": "size of a head; 0: width / heads"})
     kv_heads: int = field(default=2, metadata={"help": "key-value heads; must divide the heads"})
     ffn: int = field(default=160, metadata={"help": "hidden size of the SwiGLU"})
     rope_base: float = field(default=100.0, metadata={"help": "base of the rotary frequencies; 10000 in open models"})
@@ -38,16 +39,29 @@ class GPTConfig:
 
     def __post_init__(self):
         for name in ("context", "layers", "width", "heads", "kv_heads", "ffn"):
-            if getattr(self, name) <= 0:
+            if getattr(self, name) < (name != "context"):
                 raise ValueError(f"--model.{name} {getattr(self, name)} is not allowed; give a number above 0")
-        if self.width % self.heads or (self.width // self.heads) % 2:
+        if not self.head_dim and self.width % self.heads or self.head_size % 2:
             raise ValueError(f"width {self.width} over {self.heads} heads is no even head size; change width or heads")
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads {self.kv_heads} does not divide heads {self.heads}; change one of them")
 
     @property
     def head_size(self) -> int:
-        return self.width // self.heads
+        return self.head_dim or self.width // self.heads
+
+
+@dataclass(frozen=True)
+class GPTConfig(Shape):
+    """A shape, and what comes with a vocabulary and with an open base."""
+    vocab_size: int = 0         # entries of the vocabulary, the markers included
+    padding: int = 0            # rows after these, for products of an even size; no id, and not in any normaliser
+    norm_eps: float = 1e-5
+    qkv_bias: bool = False      # Qwen2's, of queries, keys and values
+    rope_factor: float = 1.0    # llama3's: slow rotary frequencies divided by so much; those with more than
+    rope_high: float = 4.0      # rope_high turns in a context of rope_original as they are, with less than rope_low
+    rope_low: float = 1.0       # divided, and in between in proportion
+    rope_original: int = 8192
 
 
 # ---- KV cache --------------------------------------------------------------------------------------------------
@@ -196,6 +210,10 @@ def rotary_table(config: GPTConfig) -> Tensor:
     """cos and signed sin of position x frequency: (2, context, D), float32. See `rotate`."""
     half = config.head_size // 2
     frequencies = config.rope_base ** (-torch.arange(half, dtype=torch.float32) / half)
+    if config.rope_factor != 1:
+        turns = config.rope_original * frequencies / (2 * math.pi)
+        kept = ((turns - config.rope_low) / (config.rope_high - config.rope_low)).clamp(0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / config.rope_factor)
     angles = torch.arange(config.context, dtype=torch.float32)[:, None] * frequencies
     return torch.stack([angles.cos().repeat(1, 2), torch.cat([-angles.sin(), angles.sin()], dim=-1)])
 
@@ -210,9 +228,9 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.heads, self.kv_heads, self.head_size, self.layer = config.heads, config.kv_heads, config.head_size, layer
-        self.query = nn.Linear(config.width, config.heads * config.head_size, bias=False)
-        self.key = nn.Linear(config.width, config.kv_heads * config.head_size, bias=False)
-        self.value = nn.Linear(config.width, config.kv_heads * config.head_size, bias=False)
+        self.query = nn.Linear(config.width, config.heads * config.head_size, bias=config.qkv_bias)
+        self.key = nn.Linear(config.width, config.kv_heads * config.head_size, bias=config.qkv_bias)
+        self.value = nn.Linear(config.width, config.kv_heads * config.head_size, bias=config.qkv_bias)
         self.out = nn.Linear(config.heads * config.head_size, config.width, bias=False)
 
     def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | BlockMask | None,
@@ -245,8 +263,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.attention_norm, self.attention = nn.RMSNorm(config.width, eps=1e-5), Attention(config, layer)
-        self.mlp_norm, self.mlp = nn.RMSNorm(config.width, eps=1e-5), MLP(config)
+        self.attention_norm, self.attention = nn.RMSNorm(config.width, config.norm_eps), Attention(config, layer)
+        self.mlp_norm, self.mlp = nn.RMSNorm(config.width, config.norm_eps), MLP(config)
 
     def forward(self, x: Tensor, rotary: Tensor, mask, cache) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rotary, mask, cache)
@@ -280,10 +298,10 @@ class GPT(nn.Module):
         """With fresh weights; seed None leaves them as they come, for a checkpoint's."""
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.embedding = nn.Embedding(config.vocab_size + config.padding, config.width)
         self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.layers)])
-        self.norm = nn.RMSNorm(config.width, eps=1e-5)
-        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.norm = nn.RMSNorm(config.width, config.norm_eps)
+        self.head = nn.Linear(config.width, config.vocab_size + config.padding, bias=False)
         self.register_buffer("rotary", None, persistent=False)
         self.complete()
         if seed is not None:
@@ -305,7 +323,7 @@ class GPT(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         for name, weight in self.named_parameters():
             if weight.ndim == 1:
-                weight.fill_(1.0)
+                weight.fill_(name.endswith("norm.weight"))
             elif name == "head.weight":
                 weight.zero_()
             else:
@@ -336,7 +354,7 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., E) -> (..., V) float32; the product itself is in the dtype of the weights, or of autocast."""
-        return self.head(hidden).float()
+        return self.head(hidden)[..., :self.config.vocab_size].float()
 
     def log_probs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """log p(target) after each hidden state, (N, E) and (N,) -> (N,) float32, nats; 0 where a target is negative.
@@ -378,7 +396,8 @@ class GPT(nn.Module):
     def training_flops(self, row_tokens: int) -> int:
         """FLOPs of a training step per token, in rows of so many: two for every multiplication of a parameter and of
         attention (without the causal half), once forward, twice backward. Source: arXiv:2204.02311, appendix B."""
-        return 6 * self.num_parameters() + 12 * self.config.layers * self.config.width * row_tokens
+        attention = self.config.layers * self.config.heads * self.config.head_size * row_tokens
+        return 6 * self.num_parameters() + 12 * attention
 
 
 # ---- checkpoint ------------------------------------------------------------------------------------------------
@@ -390,11 +409,18 @@ def save_checkpoint(path: str, model: GPT, **state) -> None:
     os.replace(temporary, path)
 
 
+def checkpoint_path(path: str) -> str:
+    """The checkpoint of a run folder; a checkpoint as it is."""
+    return os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
+
+
 def read_checkpoint(path: str) -> dict:
     """What `save_checkpoint` wrote, with "model_config" and "model". All tensors stay on the disk until they are used.
 
-    Raises FileNotFoundError where there is no file, ValueError where it is not a checkpoint of this project.
+    path: a checkpoint, or the run folder that holds it. Raises FileNotFoundError where there is no file, ValueError
+    where it is not a checkpoint of this project.
     """
+    path = checkpoint_path(path)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint at {path!r}; make one: python train.py --out {os.path.dirname(path)}")
     try:

@@ -36,8 +36,8 @@ from data.loader import collate
 from data.report import show_chunk
 from data.run import (Ranks, choose_dtype, choose_once, open_run, option, parse_config, random_stream, script,
                       sha256_of, start_ranks, whole_file, write_whole)
-from data.tokens import Tokenizer
-from model import GPT, Branches, GPTConfig, Prompts, read_checkpoint, restore
+from data.tokens import Tokenizer, tokenizer_from
+from model import GPT, Branches, Prompts, Shape, checkpoint_path, read_checkpoint, restore
 
 
 BATCH_TOKENS = {"cpu": 2 ** 12, "cuda": 2 ** 16, "mps": 2 ** 13}        # that are prefilled or scored at once
@@ -291,25 +291,26 @@ def places_to_infer(document: Document) -> list[Place]:
     return [(document, c) for c, chunk in enumerate(document.chunks) if not chunk.given and chunk.latent is None]
 
 
-def markers_but(layout: Layout, ids: list[int]) -> list[int]:
-    return [marker for marker in layout.tokenizer.marker.values() if marker not in ids]
+def no_text_but(layout: Layout, ids: list[int]) -> list[int]:
+    """The ids that are no text, markers and a base's special ids, but these."""
+    return [i for i in (*layout.tokenizer.marker.values(), *layout.tokenizer.special) if i not in ids]
 
 
 def propose(model: GPT, layout: Layout, places: list[Place], config: SampleConfig, round: int,
             ended=lambda draws: None) -> Generated:
-    """K thoughts z ~ q(. | x, C) for each of N chunks; log_prob counts z and EOL. No other marker can be drawn."""
+    """K thoughts z ~ q(. | x, C) for each of N chunks; log_prob counts z and EOL. Nothing else but text is drawn."""
     uniforms = torch.stack([
         latent_uniforms(config.seed, round, document.index, c, config.num_latents, config.max_latent_tokens)
         for document, c in places])                                                           # (N, K, L)
     prompts = [layout.posterior_prompt(document, c) for document, c in places]
-    return generate(model, prompts, uniforms, stop=[layout.eol], banned=markers_but(layout, [layout.eol]),
+    return generate(model, prompts, uniforms, stop=[layout.eol], banned=no_text_but(layout, [layout.eol]),
                     temperature=config.temperature, rows=config.rows, ended=ended)
 
 
 def complete(model: GPT, layout: Layout, prompts: list[list[int]], ends: list[int], max_tokens: int,
              rows: int) -> list[list[int]]:
     """Greedy continuations of N prompts until one of the markers `ends`, which is left out, or for max_tokens."""
-    no_numbers, banned = torch.zeros(len(prompts), 1, max_tokens), markers_but(layout, ends)
+    no_numbers, banned = torch.zeros(len(prompts), 1, max_tokens), no_text_but(layout, ends)
     return generate(model, prompts, no_numbers, stop=ends, banned=banned, rows=rows, greedy=True).ids
 
 
@@ -553,7 +554,7 @@ def at_precision(model: GPT, dtype: str) -> GPT:
     return model if model.dtype == getattr(torch, dtype) else copy.deepcopy(model).to(getattr(torch, dtype))
 
 
-def chosen_dtype(folder, config: SampleConfig, shape: GPTConfig, ranks: Ranks) -> str:
+def chosen_dtype(folder, config: SampleConfig, shape: Shape, ranks: Ranks) -> str:
     """What the products of a run are computed in, as it began."""
     return choose_once(folder, {"dtype": choose_dtype(config.dtype, shape.width, ranks.device)}, ranks)["dtype"]
 
@@ -618,7 +619,7 @@ def e_step(model: GPT, tokenizer: Tokenizer, corpus: str, blocks: list[Block], c
 
 @dataclass(frozen=True)
 class MainConfig(SampleConfig):
-    checkpoint: str = option("runs/train/ckpt.pt", "the model that thinks; made by train.py")
+    checkpoint: str = option("runs/train/ckpt.pt", "the model that thinks; a checkpoint of train.py, or its run folder")
     data: str = option("data/alchemy/raw.jsonl", "corpus to annotate; chunks that have a latent keep it")
     out: str = option("runs/latents.jsonl", "annotated corpus, which train.py --data reads")
     device: str = option("auto", "auto, cpu, cuda or mps")
@@ -653,7 +654,7 @@ def annotate_corpus(state: dict, tokenizer: Tokenizer, config: MainConfig, ranks
     if os.path.exists(config.out) and not os.path.exists(f"{config.out}.run/config.json"):
         raise ValueError(f"{config.out} is there without its {config.out}.run; give another --out, or delete it")
     blocks = survey(config.data, Layout(tokenizer), config, state["model_config"].context)
-    hashes = {"checkpoint_sha256": config.checkpoint, "data_sha256": config.data} if ranks.main else {}
+    hashes = {"checkpoint_sha256": checkpoint_path(config.checkpoint), "data_sha256": config.data} if ranks.main else {}
     open_run(f"{config.out}.run", config, ranks, **{name: sha256_of(path) for name, path in hashes.items()})
     dtype = chosen_dtype(f"{config.out}.run", config, state["model_config"], ranks)
     ranks.say(f"drawing {config.num_latents} thoughts for each of {sum(chunks for _, chunks in blocks):,} chunks of "
@@ -666,7 +667,7 @@ def annotate_corpus(state: dict, tokenizer: Tokenizer, config: MainConfig, ranks
 def main(argv=None) -> None:
     config = parse_config(MainConfig(), argv, __doc__)
     ranks, state = start_ranks(config.device), read_checkpoint(config.checkpoint)
-    tokenizer = Tokenizer(**state["tokenizer"])
+    tokenizer = tokenizer_from(state["tokenizer"])
     if not config.prompt and not config.show:
         return annotate_corpus(state, tokenizer, config, ranks)
     dtype = choose_dtype(config.dtype, state["model_config"].width, ranks.device)

@@ -31,8 +31,8 @@ from data.layout import LATENT, MARKER, TEXT, Layout
 from data.loader import Position, Recipe, StepBatch, collate, epoch_rows, training_batches
 from data.run import (Ranks, append_metrics, choose_dtype, choose_once, open_run, option, parse_config, script,
                       sha256_of, start_ranks, trim_metrics)
-from data.tokens import Tokenizer, tokenizer_of
-from model import GPT, GPTConfig, read_checkpoint, restore, save_checkpoint
+from data.tokens import Tokenizer, tokenizer_from, tokenizer_of
+from model import GPT, GPTConfig, Shape, checkpoint_path, read_checkpoint, save_checkpoint
 
 
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
@@ -44,9 +44,11 @@ COMPILE_FROM = {"cuda": 0.0, "cpu": 3e14}      # FLOPs of a run in which torch.c
 @dataclass(frozen=True)
 class TrainConfig(Recipe):
     steps: int = option(300, "optimizer steps", above=0)
+    epochs: float = option(0.0, "passes over the documents, instead of --steps; 0: as many steps as --steps says")
     micro_batch_rows: int = option(0, "rows that go through the model at once on a process; 0: all of them", above=-1)
-    optimizer: Literal["muon", "adamw"] = option("muon", "of the matrices of the blocks; all other weights have AdamW")
-    learning_rate: float = option(3e-3, "peak of AdamW's learning rate", above=0)
+    optimizer: Literal["auto", "muon", "adamw"] = option(
+        "auto", "of the matrices of the blocks, all other weights have AdamW; auto: muon, and adamw from an open base")
+    learning_rate: float = option(0.0, "peak of AdamW's learning rate; 0: 3e-3, and 3e-4 from an open base")
     muon_learning_rate: float = option(0.015, "peak of Muon's", above=0)
     schedule: Literal["wsd", "cosine", "constant"] = option(
         "wsd", "after the warm-up; wsd: constant, then down to zero; cosine: to zero")
@@ -59,18 +61,69 @@ class TrainConfig(Recipe):
     compile: Literal["auto", "on", "off"] = option("auto", "torch.compile; auto: on CUDA, and on CPUs in long runs")
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "of the products; auto: bfloat16 on CUDA, and from width 192 on CPUs with units for it")
-    model: GPTConfig = option(GPTConfig(), "shape of a fresh model")
+    model: Shape = option(Shape(context=0), "shape of a fresh model; of a base only --model.context may be set")
 
     def __post_init__(self):
         super().__post_init__()
-        if self.model.vocab_size:
-            raise ValueError("--model.vocab_size follows from the tokenizer; leave it out")
+        for name in ("epochs", "learning_rate"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} {getattr(self, name)} is not allowed; give a number of at least 0")
 
 
-def check_rows(config: TrainConfig, context: int) -> None:
-    """Raise ValueError where rows do not fit the model."""
+# ---- where a model starts --------------------------------------------------------------------------------------
+
+def read_start(path: str, ranks: Ranks) -> dict | None:
+    """model_config, model (the weights) and tokenizer of a run, a checkpoint or the folder of an open base; None where
+    a model is to be a fresh one. Raises FileNotFoundError, ValueError."""
+    if not path:
+        return None
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"no run, checkpoint or base at {path}; for a base of the hub: hf download {path} "
+                                f"--local-dir bases/{os.path.basename(path)}")
+    if os.path.isfile(checkpoint_path(path)):
+        return read_checkpoint(path)
+    from data.bases import read_base
+    return read_base(path, ranks.say)
+
+
+def settled(config: TrainConfig, start: dict | None) -> TrainConfig:
+    """The settings with the context of a model that starts there. Raises ValueError where they do not fit it."""
+    context = start["model_config"].context if start else 256
+    if start and replace(config.model, context=0) != Shape(context=0):
+        raise ValueError("weights bring the shape of their model along; leave --model.* out, but for --model.context")
+    if start and config.model.context > context:
+        raise ValueError(f"--model.context {config.model.context} exceeds that of the weights, {context}; lower it")
+    context = config.model.context or context
     if config.row_tokens > context:
         raise ValueError(f"--row_tokens {config.row_tokens} exceeds the context of the model, {context}; lower it")
+    return replace(config, model=replace(config.model, context=context))
+
+
+def with_optimizer(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
+    """The settings with the optimizer that auto and the learning rate that 0 come to.
+
+    Weights of a base want small steps, and Muon's are all of one size.
+    """
+    optimizer, rate = ("adamw", 3e-4) if tokenizer.of_base else ("muon", 3e-3)
+    return replace(config, optimizer=optimizer if config.optimizer == "auto" else config.optimizer,
+                   learning_rate=config.learning_rate or rate)
+
+
+def new_model(config: TrainConfig, start: dict | None, tokenizer: Tokenizer) -> GPT:
+    """A model with the weights of a start, or fresh ones."""
+    if not start:
+        return GPT(GPTConfig(**asdict(config.model) | {"vocab_size": tokenizer.vocab_size}), config.seed)
+    model = GPT(replace(start["model_config"], context=config.model.context), seed=None)
+    model.load_state_dict(start["model"])
+    return model
+
+
+def with_steps(config: TrainConfig, documents, layout: Layout) -> TrainConfig:
+    """The settings with the steps that --epochs come to, by the rows of the first epoch."""
+    if not config.epochs:
+        return config
+    rows = sum(1 for _ in epoch_rows(documents, layout, config))
+    return replace(config, steps=max(1, math.ceil(config.epochs * rows / config.rows)))
 
 
 # ---- state -----------------------------------------------------------------------------------------------------
@@ -153,6 +206,7 @@ def make_optimizers(model: GPT, config: TrainConfig, device: torch.device) -> li
 
     Weight decay on matrices only. `base_lr` keeps the peak of each group for the schedule.
     """
+    assert config.optimizer != "auto" and config.learning_rate, "see with_optimizer"
     muon, matrices, vectors = [], [], []
     for name, weight in model.named_parameters():
         is_muon = config.optimizer == "muon" and name.startswith("blocks.") and weight.ndim == 2
@@ -227,7 +281,7 @@ def validate(forward: Forward, tokenizer: Tokenizer, documents, config: TrainCon
     """
     rows = epoch_rows(documents, Layout(tokenizer), config)
     mine = (row for number, (row, _) in enumerate(rows) if number % ranks.world == ranks.rank)
-    sizes = torch.tensor([len(token) for token in tokenizer.tokens] + [0] * len(tokenizer.marker))
+    sizes = torch.tensor([*tokenizer.sizes, *[0] * len(tokenizer.marker)])
     sums = torch.zeros(7, dtype=torch.float64)      # nll and count of latent, text and marker targets; bytes of text
     while rows_of_batch := list(itertools.islice(mine, batch_rows)):
         empty = [[]] * (batch_rows - len(rows_of_batch))        # one shape to compile
@@ -302,7 +356,7 @@ def resume(path: str, model: GPT, optimizers, tokenizer: Tokenizer) -> TrainStat
         if saved[what] != ours:
             raise ValueError(f"{path} is of another {what}; give another --out")
     model.load_state_dict(saved["model"])
-    for optimizer, saved_optimizer in zip(optimizers, saved["optimizers"], strict=True):
+    for optimizer, saved_optimizer in zip(optimizers, saved["optimizers"]):       # none in that of a finished run
         optimizer.load_state_dict(saved_optimizer)
     return TrainState(**saved["state"])
 
@@ -327,6 +381,7 @@ def train(model: GPT, tokenizer: Tokenizer, documents, config: TrainConfig, fold
     documents: a list of Document, or a TokenizedCorpus. at_checkpoint(state, forward) is called before a checkpoint is
     saved, at_record(record) with what goes to metrics.jsonl. Raises ValueError where the loss is not a number.
     """
+    config = with_optimizer(config, tokenizer)
     path, optimizers = os.path.join(folder, "ckpt.pt"), make_optimizers(model, config, ranks.device)
     state = resume(path, model, optimizers, tokenizer)
     if ranks.sum(torch.tensor(state.step)) != ranks.world * state.step:
@@ -354,8 +409,9 @@ def train(model: GPT, tokenizer: Tokenizer, documents, config: TrainConfig, fold
         if save:
             at_checkpoint(state, forward)
             if ranks.main:
-                save_checkpoint(path, model, optimizers=[optimizer.state_dict() for optimizer in optimizers],
-                                state=vars(state), tokenizer=tokenizer.state(), config=asdict(config))
+                needed = [optimizer.state_dict() for optimizer in optimizers] if state.step < config.steps else []
+                save_checkpoint(path, model, optimizers=needed, state=vars(state), tokenizer=tokenizer.state(),
+                                config=asdict(config))
             ranks.barrier()
             meter.clear()
     return state
@@ -369,14 +425,13 @@ class MainConfig(TrainConfig):
     held_out: str = option("auto", "corpus to validate on at each checkpoint; auto: held_out.jsonl beside --data, if "
                                    "there; empty: none")
     encoding: str = option("words", "tokens of the text: words, or an encoding of tiktoken such as gpt2")
-    init_from: str = option("", "run folder or checkpoint whose weights, shape and vocabulary to start from")
+    init_from: str = option("", "run folder, checkpoint or folder of an open base whose weights, shape and vocabulary "
+                                "to start from")
     out: str = option("runs/train", "run folder: config.json, metrics.jsonl, ckpt.pt")
     device: str = option("auto", "auto, cpu, cuda or mps")
 
     def __post_init__(self):
         super().__post_init__()
-        if self.init_from and self.model != GPTConfig():
-            raise ValueError("--init_from brings the shape of its model along; leave --model.* out")
         if self.init_from and self.encoding != "words":
             raise ValueError("--init_from brings its vocabulary along; leave --encoding out")
 
@@ -390,16 +445,14 @@ def open_sources(config: MainConfig) -> list[Source]:
     return [open_source(path) for path in (config.data, held_out) if path]
 
 
-def open_model(config: MainConfig, saved: dict | None, sources: list[Source]) -> tuple[GPT, Tokenizer]:
-    """The model and the tokenizer of --init_from, or a fresh model with the vocabulary of the corpora.
+def open_tokenizer(config: MainConfig, start: dict | None, sources: list[Source]) -> Tokenizer:
+    """The tokenizer of --init_from, or the vocabulary of the corpora.
 
     Latents drawn by a model are ids of its vocabulary: to train on them, start from its checkpoint or its family's.
     """
-    if saved:
-        return restore(saved), Tokenizer(**saved["tokenizer"])
-    tokens = set().union(*(vocabulary(source, config.encoding) for source in sources))
-    tokenizer = tokenizer_of(tokens, config.encoding)
-    return GPT(replace(config.model, vocab_size=tokenizer.vocab_size), config.seed), tokenizer
+    if start:
+        return tokenizer_from(start["tokenizer"])
+    return tokenizer_of(set().union(*(vocabulary(source, config.encoding) for source in sources)), config.encoding)
 
 
 def validation_config(config: TrainConfig, state: TrainState) -> TrainConfig:
@@ -411,20 +464,20 @@ def validation_config(config: TrainConfig, state: TrainState) -> TrainConfig:
 
 def main(argv=None) -> None:
     config = parse_config(MainConfig(), argv, __doc__)
-    ranks, init = start_ranks(config.device), config.init_from
-    init = os.path.join(init, "ckpt.pt") if os.path.isdir(init) else init
-    saved = read_checkpoint(init) if init else None
-    check_rows(config, saved["model_config"].context if saved else config.model.context)
+    ranks = start_ranks(config.device)
+    start = read_start(config.init_from, ranks)
+    config = settled(config, start)
     if not ranks.main:
         ranks.barrier()         # the main rank makes first what the others then find
     sources = open_sources(config)
-    model, tokenizer = open_model(config, saved, sources)
+    tokenizer = open_tokenizer(config, start, sources)
     documents, *held_out = [TokenizedCorpus(source, tokenizer) for source in sources]
     if ranks.main:
         ranks.barrier()
-    model.to(ranks.device)
+    config = with_steps(with_optimizer(config, tokenizer), documents, Layout(tokenizer))
+    model = new_model(config, start, tokenizer).to(ranks.device)
     open_run(config.out, config, ranks, data_sha256=" ".join(source.digest[:16] for source in sources),
-             init_sha256=sha256_of(init)[:16] if init and ranks.main else "")
+             init_sha256=sha256_of(config.init_from)[:16] if start and ranks.main else "")
     how = chosen(config, model, config.out, ranks)
     ranks.say(f"training {model.num_parameters():,} parameters on {len(documents):,} documents of {config.data}, "
               f"{ranks.world} process(es) on {ranks.device}, in {how['dtype']}" + ", compiled" * how["compile"])

@@ -80,14 +80,14 @@ class Document:
     record: dict = field(repr=False, compare=False)
 
 
-def with_chunks(record: dict, encoding: str) -> dict:
+def with_chunks(record: dict, count_tokens: Callable[[str], int]) -> dict:
     """A document that has only `text`, with the chunks it splits into, or as one chunk where it has a `latent` of its
     own (a rewriting of the whole); others as they are."""
     if record.get("chunks") is not None:
         return record
     if record.get("latent") is not None:
         return record | {"chunks": [{"suffix": record["text"], "latent": record["latent"]}]}
-    parts = split_into_chunks(record["text"], lambda text: len(split(text, encoding)), CHUNK_TOKENS)
+    parts = split_into_chunks(record["text"], count_tokens, CHUNK_TOKENS)
     return record | {"chunks": [{"suffix": part} for part in parts]}
 
 
@@ -110,7 +110,7 @@ def encode_document(index: int, record: dict, tokenizer: Tokenizer) -> Document:
 
     Raises ValueError where those ids are of another vocabulary.
     """
-    record, chunks = with_chunks(record, tokenizer.encoding), []
+    record, chunks = with_chunks(record, tokenizer.count), []
     for piece in record["chunks"]:
         latent, ids = piece.get("latent"), None
         if latent is not None:
@@ -189,7 +189,7 @@ def read_corpus(path: str) -> list[dict]:
 def texts_of(records, encoding: str) -> Iterator[str]:
     """Every text of a corpus, piece by piece as it is encoded: for making a tokenizer."""
     for record in records:
-        for piece in with_chunks(record, encoding)["chunks"]:
+        for piece in with_chunks(record, lambda text: len(split(text, encoding)))["chunks"]:
             yield piece["suffix"]
             if piece.get("latent") is not None:
                 yield piece["latent"]

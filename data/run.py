@@ -243,6 +243,10 @@ def trim_metrics(folder, step: int) -> None:
 
 
 def sha256_of(path) -> str:
+    """Of a file's content; of a folder, of the names and contents of the files in it."""
+    if os.path.isdir(path):
+        files = sorted(file for file in Path(path).iterdir() if file.is_file())
+        return hashlib.sha256("".join(file.name + sha256_of(file) for file in files).encode()).hexdigest()
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -2,6 +2,7 @@
 
 A vocabulary is an encoding of tiktoken's ("gpt2", "cl100k_base", ...) or one token per word ("words"), reduced to the
 tokens that a corpus uses, so that a small model is not all vocabulary; then the markers, as ids that text cannot spell.
+The vocabulary of an open base is its own, see `BaseTokenizer` in data/bases.py, with the same methods.
 """
 import re
 from dataclasses import dataclass
@@ -36,8 +37,23 @@ def split(text: str, encoding: str) -> list[bytes]:
     return base.decode_tokens_bytes(base.encode_ordinary(text))
 
 
+class Marked:
+    """What all vocabularies have: after the ids of text, `text_ids` of them, come those of the markers."""
+    text_ids: int
+    special: list[int] = []     # ids before the markers that are no text either, and never drawn
+    of_base = False             # whether it came with an open base
+
+    @cached_property
+    def marker(self) -> dict[str, int]:
+        return {name: self.text_ids + i for i, name in enumerate(MARKERS)}
+
+    @property
+    def vocab_size(self) -> int:
+        return self.text_ids + len(MARKERS)
+
+
 @dataclass(frozen=True)
-class Tokenizer:
+class Tokenizer(Marked):
     """`tokens` are the bytes of ids 0, 1, 2, ...; the markers follow. It is plain data: a checkpoint carries it."""
     encoding: str
     tokens: tuple[bytes, ...]
@@ -46,13 +62,18 @@ class Tokenizer:
     def id_of(self) -> dict[bytes, int]:
         return {token: i for i, token in enumerate(self.tokens)}
 
-    @cached_property
-    def marker(self) -> dict[str, int]:
-        return {name: len(self.tokens) + i for i, name in enumerate(MARKERS)}
+    @property
+    def text_ids(self) -> int:
+        return len(self.tokens)
 
     @property
-    def vocab_size(self) -> int:
-        return len(self.tokens) + len(MARKERS)
+    def sizes(self) -> list[int]:
+        """Bytes of every text id."""
+        return [len(token) for token in self.tokens]
+
+    def count(self, text: str) -> int:
+        """Tokens of any text, also of one with tokens that the vocabulary lacks."""
+        return len(split(text, self.encoding))
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, never a marker's. Raises ValueError where the vocabulary lacks a token."""
@@ -68,8 +89,16 @@ class Tokenizer:
                         for i in ids).decode(errors="replace")
 
     def state(self) -> dict:
-        """What a checkpoint keeps; Tokenizer(**state) has it back."""
+        """What a checkpoint keeps; `tokenizer_from` has it back."""
         return {"encoding": self.encoding, "tokens": self.tokens}
+
+
+def tokenizer_from(state: dict) -> Tokenizer:
+    """The tokenizer of a checkpoint: a corpus's, or an open base's."""
+    if "spec" in state:
+        from data.bases import BaseTokenizer
+        return BaseTokenizer(**state)
+    return Tokenizer(**state)
 
 
 def tokens_of(texts, encoding: str) -> set[bytes]:

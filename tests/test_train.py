@@ -20,13 +20,13 @@ from data.layout import LATENT, MARKER, TEXT
 from data.loader import Position, Recipe, training_batches
 from data.run import Ranks
 from data.tokens import Tokenizer, tokenizer_for
-from model import GPT, GPTConfig, read_checkpoint, restore, save_checkpoint
+from model import Shape, read_checkpoint, restore, save_checkpoint
 from tests.conftest import RECORDS, random_model
 from train import (Forward, Muon, TrainConfig, TrainState, backward, main, make_optimizers, nearest_orthogonal,
-                   schedule, train, validate, validation_config)
+                   new_model, schedule, train, validate, validation_config)
 
 SMALL = TrainConfig(steps=12, batch_tokens=64, row_tokens=16, checkpoint_every=5,
-                    model=GPTConfig(context=32, width=16, ffn=24, heads=2, kv_heads=2))
+                    model=Shape(context=32, width=16, ffn=24, heads=2, kv_heads=2))
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
@@ -112,13 +112,13 @@ def test_muon_takes_the_steps_of_torch():
 def test_every_weight_has_one_optimizer(layout):
     model = random_model(layout.tokenizer.vocab_size)
     for name, count in (("adamw", 1), ("muon", 2)):
-        optimizers = make_optimizers(model, replace(SMALL, optimizer=name), torch.device("cpu"))
+        optimizers = make_optimizers(model, replace(SMALL, optimizer=name, learning_rate=1e-3), torch.device("cpu"))
         held = [id(w) for o in optimizers for group in o.param_groups for w in group["params"]]
         assert len(optimizers) == count and sorted(held) == sorted(map(id, model.parameters()))
 
 
 def fresh(tokenizer, config=SMALL):
-    return GPT(replace(config.model, vocab_size=tokenizer.vocab_size), config.seed)
+    return new_model(config, None, tokenizer)
 
 
 def weights(model):
@@ -418,7 +418,7 @@ def test_it_starts_from_a_run_folder(corpus, tmp_path):
     argv = ["--data", str(corpus), "--held_out", "", "--out", str(tmp_path / "second"), "--steps", "1",
             "--batch_tokens", "64", "--row_tokens", "16", "--learning_rate", "1e-30",
             "--muon_learning_rate", "1e-30", "--device", "cpu"]
-    with pytest.raises(FileNotFoundError, match="no checkpoint at .*nowhere"):
+    with pytest.raises(FileNotFoundError, match="no run, checkpoint or base at .*nowhere"):
         main([*argv, "--init_from", str(tmp_path / "nowhere")])
     main([*argv, "--init_from", str(tmp_path / "first")])
     one, two = (restore(read_checkpoint(str(tmp_path / name / "ckpt.pt"))) for name in ("first", "second"))
