@@ -27,6 +27,7 @@ import os
 import threading
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -39,12 +40,13 @@ from data.alchemy.world import World
 from data.corpus import Document, encode_corpus, read_corpus, texts_of
 from data.layout import TEXT, Layout, Sequence
 from data.loader import Position, training_batches
-from data.report import curves_of, mean, model_rows, models_table, per_unit, plot, read_records, rounds_table
+from data.report import (curves_of, mean, model_rows, models_table, paired_table, per_unit, plot, read_records,
+                         rounds_table)
 from data.run import Ranks, open_run, option, parse_config, script, sha256_of, start_ranks, write_whole
 from data.tokens import Tokenizer, tokenizer_for, tokenizer_from
 from model import GPT, read_checkpoint, restore
 from sample_latents import (Block, Evidence, Place, SampleConfig, at_precision, check_room, chosen_dtype, complete,
-                            e_step, importance_bound, infer, score, survey, think_and_answer)
+                            e_step, figures_of, importance_bound, infer, score, sums_of, survey, think_and_answer)
 from train import TrainConfig, TrainState, new_model, read_start, settled, train, with_optimizer, with_steps
 
 
@@ -178,13 +180,17 @@ ARMS = {
     "k1": Arm("EM, K = 1: no weighing", "raw", "M-step", "warm", draws=1),
     "k4": Arm("EM, K = 4", "raw", "M-step", "warm", draws=4),
     "gold_plus_raw": Arm("gold + raw as no-thought, no E-step", "gold+raw", "all M-steps", "warm"),
+    "gold_raw_best": Arm("gold + raw as no-thought, at its best length", "gold+raw", "best length", "warm"),
     "raw_observed": Arm("raw text, same observed tokens", "raw", "observed tokens", thinks=False),
     "raw_m_step": Arm("raw text, FLOPs of one trained model", "raw", "one model", thinks=False),
+    "raw_best": Arm("raw text, at its best length", "raw", "best length", thinks=False),
     "oracle": Arm("oracle: true thoughts for all", "oracle", "M-step", "warm"),
     "raw_total": Arm("raw text, FLOPs of the whole loop", "raw", "loop", thinks=False),
     "warm_long": Arm("warm start, FLOPs of the whole loop", "gold", "loop"),
 }
-BESIDE = ("raw_m_step", "raw_observed", "k1", "gold_plus_raw", "oracle", "warm_long")      # what a second process does
+ON_REQUEST = ("k4", "raw_best", "gold_raw_best")        # not in --arms all
+BESIDE = ("raw_m_step", "raw_observed", "raw_best", "k1", "gold_plus_raw", "gold_raw_best", "oracle",
+          "warm_long")      # what a second process does
 
 
 @dataclass(frozen=True)
@@ -218,7 +224,8 @@ class BoltConfig:
     @property
     def arm_names(self) -> list[str]:
         """In the order of ARMS, since some need what others make; the warm start always."""
-        names = {"all": [a for a in ARMS if a != "k4"], "study": list(ARMS)}.get(self.arms, self.arms.split(","))
+        every = [name for name in ARMS if name not in ON_REQUEST]
+        names = {"all": every, "study": [*every, "k4"]}.get(self.arms, self.arms.split(","))
         for name in names:
             if name not in ARMS:
                 raise ValueError(f"--arms {name} is not allowed; give all, study, or some of {', '.join(ARMS)}")
@@ -230,47 +237,51 @@ class BoltConfig:
 # ---- models without an E-step: the warm start and the baselines ------------------------------------------------
 
 def train_arm(lab: Lab, name: str) -> None:
-    """Train and evaluate the model of an arm without E-steps; a long one is evaluated several times on the way."""
+    """Train and evaluate the model of an arm without E-steps: several where its best length is wanted, each with a
+    schedule of its own; a long one is evaluated several times on the way."""
     arm, config, folder = ARMS[name], lab.config, f"{lab.config.out}/{name}"
-    drops = config.keep_models == "last" and name != "warm"
-    if drops and os.path.exists(f"{folder}/step_last.json"):
-        return drop_model(lab, folder)
     start, before = warm_start(lab) if arm.starts == "warm" and config.restart != "base" else (None, 0)
     documents = [document for part in arm.corpus.split("+") for document in lab.corpora[part]]
     settings = replace(m_step(config, 0), plain_as="no_thought" if arm.corpus == "gold+raw" else "plain")
-    steps, long = steps_of_budget(lab, arm, documents, settings), arm.budget in ("loop", "all M-steps")
-    settings = replace(settings, steps=steps, epochs=0.0)
-    settings = replace(settings, checkpoint_every=math.ceil(steps / config.checks)) if long else settings
+    lengths, long = steps_of_budget(lab, arm, documents, settings), arm.budget in ("loop", "all M-steps")
 
-    def check(model: GPT, state: TrainState) -> None:
-        last = state.step == steps
-        if last or long:
-            measure(lab, f"{folder}/step_{'last' if last else state.step}.json", before + 3 * state.tokens,
-                    lambda: evaluate(lab, model, arm.thinks, weigh=last))
-    fit(lab, documents, settings, folder, start, check)
-    if drops:
-        drop_model(lab, folder)
+    def record_at(step: int) -> str:
+        return f"{folder}/step_{'last' if step == lengths[-1] else step}.json"
+
+    def check(model: GPT, state: TrainState, steps: int) -> None:
+        if state.step == steps or long:
+            measure(lab, record_at(state.step), before + 3 * state.tokens,
+                    lambda: evaluate(lab, model, arm.thinks, weigh=state.step == steps))
+    for steps in lengths:
+        settings = replace(settings, steps=steps, epochs=0.0)
+        settings = replace(settings, checkpoint_every=math.ceil(steps / config.checks)) if long else settings
+        place = folder if steps == lengths[-1] else f"{folder}/{steps}_steps"
+        if config.keep_models == "all" or name == "warm" or not os.path.exists(record_at(steps)):
+            fit(lab, documents, settings, place, start, partial(check, steps=steps))
+        if name != "warm":
+            drop_model(lab, place)
 
 
-def steps_of_budget(lab: Lab, arm: Arm, documents: list[Document], settings: TrainConfig) -> int:
+def steps_of_budget(lab: Lab, arm: Arm, documents: list[Document], settings: TrainConfig) -> list[int]:
     """Optimizer steps of an arm: those of the settings, or what gives it the observed tokens or the FLOPs of one
-    trained model (warm start and M-step), or the FLOPs of the whole loop, E-steps counted."""
+    trained model (warm start and M-step), or the FLOPs of the whole loop, E-steps counted; or several lengths."""
     config, gold = lab.config, lab.corpora["gold"]
     warm = with_steps(replace(settings, steps=config.warm_steps, epochs=config.warm_epochs), gold, lab.layout).steps
     m = with_steps(settings, documents, lab.layout).steps
-    known = {"warm start": warm, "M-step": m, "all M-steps": config.rounds * m}
+    known = {"warm start": [warm], "M-step": [m], "all M-steps": [config.rounds * m],
+             "best length": [math.ceil(m / 2), m, 2 * m]}
     if arm.budget in known:
         return known[arm.budget]
     tokens, observed = per_step(lab, documents, settings)
     if arm.budget == "loop":
         record = f"{config.out}/em/round_{config.rounds}/step_last.json"
         wait_for(record)
-        return max(1, round(json.loads(Path(record).read_text())["passes"] / 3 / tokens))
+        return [max(1, round(json.loads(Path(record).read_text())["passes"] / 3 / tokens))]
     gold_tokens, gold_observed = per_step(lab, gold, settings)
     if settings.epochs:         # thoughts that are not drawn yet are taken to be as long as gold ones
         m = settings.epochs * sum(map(observed_tokens, lab.corpora["raw"])) / gold_observed
     share = gold_observed / observed if arm.budget == "observed tokens" else gold_tokens / tokens
-    return max(1, round((warm + m) * share))
+    return [max(1, round((warm + m) * share))]
 
 
 def per_step(lab: Lab, documents: list[Document], settings: TrainConfig) -> tuple[float, float]:
@@ -299,8 +310,8 @@ def evaluate(lab: Lab, model: GPT, thinks: bool = True, weigh: bool = True) -> d
 
     tokens, bytes: observed. correct, in corpora with answers: greedy answer right (a model that thinks writes its
     thought first); correct_direct: without a thought. nll: nats of the observed text, positive: minus the K-sample
-    bound of a model that thinks, else exact; None where every draw was unfinished. hidden, known: see
-    data/alchemy/claims.py. With weigh=False nothing is drawn.
+    bound of a model that thinks, else exact; None where every draw was unfinished. drawn: figures of the draws.
+    hidden, known: see data/alchemy/claims.py. With weigh=False nothing is drawn.
     """
     model = at_precision(model, lab.dtype)
     held_out, records = lab.corpora["held_out"], [document.record for document in lab.corpora["held_out"]]
@@ -317,7 +328,7 @@ def evaluate(lab: Lab, model: GPT, thinks: bool = True, weigh: bool = True) -> d
     if thinks and weigh:
         sample = replace(lab.config.sample, num_latents=lab.config.bound_draws, seed=lab.config.seed)
         evidence = infer(model, lab.layout, places, sample, round=0)
-        scores |= bounds(places, evidence)
+        scores |= bounds(places, evidence) | {"drawn": figures_of(sums_of(evidence))}
         if lab.world:
             thoughts = [[lab.tokenizer.decode(ids) for ids in latents] for latents in evidence.latents]
             scores |= claims.thought_quality(lab.world, places, thoughts, evidence.weights.tolist())
@@ -484,14 +495,15 @@ def report(lab: Lab) -> str:
     """Write report.json, report.md (tables, what they show, how they were made) and figure.svg; returns report.md."""
     config, (records, on_the_way) = lab.config, read_records(lab.config.out)
     run = json.loads(Path(f"{config.out}/config.json").read_text())
-    rows, lines = model_rows(records, model_labels(config)), ["# nanoBoLT: EM over latent thoughts", ""]
+    labels, lines = model_labels(config), ["# nanoBoLT: EM over latent thoughts", ""]
+    rows = model_rows(records, labels)
     lines += [*models_table([rows]), ""]
     if lab.world:
         written = {name: [document.record for document in part] for name, part in lab.corpora.items()}
         lines += [claims.floors(lab.world, written, sum(records["warm"]["tokens"])), ""]
     for verdict in claims.verdicts(records, config.sample.num_latents):
         lines.append(f"* **{'shown' if verdict.shown else 'NOT SHOWN'}** {verdict.claim}: {verdict.why}")
-    lines += ["", *rounds_table(records), "",
+    lines += ["", *rounds_table(records), "", *paired_table(records, labels), "",
               "Accuracy: greedy answers. " * ("correct" in records["warm"])
               + f"{len(lab.corpora['held_out'])} held-out documents. Nats per token, bits per byte: of the observed "
               f"text, exact for raw models, minus the {config.bound_draws}-sample bound for those that think. Compute: "

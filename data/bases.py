@@ -354,8 +354,8 @@ def export(checkpoint: str, out: str, dtype: str = "bfloat16") -> None:
     if os.path.exists(out):
         raise ValueError(f"{out} is there already; give another folder, or delete it")
     if "spec" not in state["tokenizer"]:
-        raise ValueError(f"{checkpoint} has a vocabulary of nanoBoLT's own, which transformers does not know; give a run"
-                         " that started from a base")
+        raise ValueError(f"{checkpoint} has a vocabulary of nanoBoLT's own, unknown to transformers; give a run "
+                         "that started from a base")
     (safetensors, _), tokenizer, config = packages(), BaseTokenizer(**state["tokenizer"]), state["model_config"]
     names = [name for name in state["model"] if not (config.tied and name == "head.weight")]
     rows = {"embedding.weight": tokenizer.vocab_size, "head.weight": tokenizer.vocab_size}

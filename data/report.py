@@ -138,6 +138,31 @@ def rounds_table(records: dict[str, dict]) -> list[str]:
     return rows
 
 
+def difference(ours: list, theirs: list) -> str:
+    """Mean of ours - theirs over the documents that both have, and its standard error."""
+    pairs = [a - b for a, b in zip(ours, theirs) if a is not None and b is not None]
+    error = np.std(pairs, ddof=1) / len(pairs) ** 0.5 if len(pairs) > 1 else math.nan
+    return f"{mean(pairs):+.2f} ± {error:.2f}"
+
+
+def paired_table(records: dict[str, dict], labels: dict[str, str]) -> list[str]:
+    """Markdown: nats of a held-out document and answers of every model, each less those of the last round of EM."""
+    last, figures = rounds_of(records)[-1], ("nll_direct", "nll", "correct_direct", "correct")
+    figures = [name for name in figures if name in last]
+    titles = {"nll_direct": "nats a document without a thought", "nll": "bound",
+              "correct_direct": "right without a thought", "correct": "right"}
+    lines = [f"| model | {' | '.join(f'{titles[name]} | less EM' for name in figures)} | ess | unfinished |",
+             "|---" * (2 * len(figures) + 3) + "|"]
+    for name, label in labels.items():
+        if record := records.get(name):
+            drawn = [record.get("drawn", {}).get(figure) for figure in ("ess", "unfinished")]
+            cells = [cell for figure in figures for cell in (f"{mean(x for x in record[figure] if x is not None):.2f}",
+                                                             difference(record[figure], last[figure]))]
+            cells += ["" if x is None else f"{x:.2f}" for x in drawn]
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+    return lines
+
+
 # ---- figure ----------------------------------------------------------------------------------------------------
 
 def curves_of(on_the_way: dict[str, list[dict]], labels: dict[str, str]) -> dict[str, list[dict[str, float]]]:

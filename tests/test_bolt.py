@@ -41,7 +41,7 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(corpus, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "tiny"
-    main(["--data", str(corpus), "--out", str(out), "--arms", "study", *TINY])
+    main(["--data", str(corpus), "--out", str(out), "--arms", ",".join(bolt.ARMS), *TINY])
     return out
 
 
@@ -82,7 +82,7 @@ def test_a_run_stopped_at_an_evaluation_continues_to_the_same_report(corpus, fin
             raise KeyboardInterrupt
         write_whole(path, text)
     monkeypatch.setattr(bolt, "write_whole", failing)
-    argv = ["--data", str(corpus), "--out", str(tmp_path / "killed"), "--arms", "study", *TINY]
+    argv = ["--data", str(corpus), "--out", str(tmp_path / "killed"), "--arms", ",".join(bolt.ARMS), *TINY]
     with pytest.raises(KeyboardInterrupt):
         main(argv)
     monkeypatch.setattr(bolt, "write_whole", write_whole)
@@ -202,7 +202,7 @@ def test_thoughts_drawn_from_the_exact_posterior_are_near_it(lab):
 def test_kill_minus_9_takes_the_second_process_along_and_the_same_command_continues(corpus, finished, tmp_path):
     """Killed once the warm start is there; started again, it ends with the figures of a run that was never stopped."""
     out, root = tmp_path / "killed", os.path.dirname(bolt.__file__)
-    command = [sys.executable, "bolt.py", "--data", str(corpus), "--out", str(out), "--arms", "study", *TINY]
+    command = [sys.executable, "bolt.py", "--data", str(corpus), "--out", str(out), "--arms", ",".join(bolt.ARMS), *TINY]
     process = subprocess.Popen(command, cwd=root)
     while not (out / "warm" / "ckpt.pt").exists():
         assert process.poll() is None
@@ -217,7 +217,7 @@ def test_kill_minus_9_takes_the_second_process_along_and_the_same_command_contin
 def test_the_second_process_gives_the_same_figures(corpus, finished, tmp_path, monkeypatch):
     monkeypatch.setattr(bolt, "two_processes", lambda ranks: True)
     out = tmp_path / "two"
-    main(["--data", str(corpus), "--out", str(out), "--arms", "study", *TINY])
+    main(["--data", str(corpus), "--out", str(out), "--arms", ",".join(bolt.ARMS), *TINY])
     for path in finished.glob("**/step_*.json"):
         assert path.read_text() == (out / path.relative_to(finished)).read_text()
 
