@@ -19,6 +19,7 @@ Told from the top down:  main -> the loop -> config -> models without an E-step 
 """
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -139,7 +140,7 @@ def fit(lab: Lab, documents: list[Document], config: TrainConfig, folder: str, s
     """Train a model that has the weights of `start`, or those of the base, or fresh ones where there is no base."""
     os.makedirs(folder, exist_ok=True)
     config = with_steps(config, documents, lab.layout)
-    model = new_model(config, lab.base, lab.tokenizer).to(lab.ranks.device)
+    model = new_model(config, copy.deepcopy(lab.base), lab.tokenizer).to(lab.ranks.device)
     if start is not None:
         model.load_state_dict(start.state_dict())
     title = os.path.relpath(folder, lab.config.out)

@@ -8,6 +8,7 @@ Log-probabilities are float32 and in nats, whatever dtype the network computes i
 import math
 import os
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -293,6 +294,7 @@ def packed_mask(document: Tensor, head_size: int) -> Tensor | BlockMask:
 
 class GPT(nn.Module):
     """`forward` is every log-probability of the project; the sampler steps through `hidden` and `logits`."""
+    recompute = False       # blocks are computed again for the gradient, so that one's activations are kept at a time
 
     def __init__(self, config: GPTConfig, seed: int | None = 0):
         """With fresh weights; seed None leaves them as they come, for a checkpoint's."""
@@ -349,6 +351,8 @@ class GPT(nn.Module):
             rotary = self.rotary[:, positions][:, :, None]                                            # (2, B, 1, T, D)
         x = self.embedding(ids)                                                                       # (B, T, E)
         for block in self.blocks:
+            if self.recompute and torch.is_grad_enabled():
+                block = partial(checkpoint, block, use_reentrant=False)
             x = block(x, rotary, mask, cache)
         return self.norm(x)
 

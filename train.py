@@ -32,7 +32,7 @@ from data.loader import Position, Recipe, StepBatch, collate, epoch_rows, traini
 from data.run import (Ranks, append_metrics, choose_dtype, choose_once, open_run, option, parse_config, script,
                       sha256_of, start_ranks, trim_metrics)
 from data.tokens import Tokenizer, tokenizer_from, tokenizer_of
-from model import GPT, GPTConfig, Shape, checkpoint_path, read_checkpoint, save_checkpoint
+from model import GPT, GPTConfig, Shape, checkpoint_path, read_checkpoint, restore, save_checkpoint
 
 
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
@@ -46,6 +46,7 @@ class TrainConfig(Recipe):
     steps: int = option(300, "optimizer steps", above=0)
     epochs: float = option(0.0, "passes over the documents, instead of --steps; 0: as many steps as --steps says")
     micro_batch_rows: int = option(0, "rows that go through the model at once on a process; 0: all of them", above=-1)
+    recompute: bool = option(False, "compute each block again for its gradient: less memory, a third more time")
     optimizer: Literal["auto", "muon", "adamw"] = option(
         "auto", "of the matrices of the blocks, all other weights have AdamW; auto: muon, and adamw from an open base")
     learning_rate: float = option(0.0, "peak of AdamW's learning rate; 0: 3e-3, and 3e-4 from an open base")
@@ -110,12 +111,10 @@ def with_optimizer(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
 
 
 def new_model(config: TrainConfig, start: dict | None, tokenizer: Tokenizer) -> GPT:
-    """A model with the weights of a start, or fresh ones."""
+    """A model of the weights of a start, which it takes over, or with fresh ones."""
     if not start:
         return GPT(GPTConfig(**asdict(config.model) | {"vocab_size": tokenizer.vocab_size}), config.seed)
-    model = GPT(replace(start["model_config"], context=config.model.context), seed=None)
-    model.load_state_dict(start["model"])
-    return model
+    return restore(start | {"model_config": replace(start["model_config"], context=config.model.context)})
 
 
 def with_steps(config: TrainConfig, documents, layout: Layout) -> TrainConfig:
@@ -381,7 +380,7 @@ def train(model: GPT, tokenizer: Tokenizer, documents, config: TrainConfig, fold
     documents: a list of Document, or a TokenizedCorpus. at_checkpoint(state, forward) is called before a checkpoint is
     saved, at_record(record) with what goes to metrics.jsonl. Raises ValueError where the loss is not a number.
     """
-    config = with_optimizer(config, tokenizer)
+    config, model.recompute = with_optimizer(config, tokenizer), config.recompute
     path, optimizers = os.path.join(folder, "ckpt.pt"), make_optimizers(model, config, ranks.device)
     state = resume(path, model, optimizers, tokenizer)
     if ranks.sum(torch.tensor(state.step)) != ranks.world * state.step:

@@ -55,10 +55,10 @@ FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 def config_of(source: dict, path: Path) -> dict:
     """The fields of a GPTConfig that a config.json gives. Raises ValueError for what this GPT does not do."""
-    def needed(name: str):
-        if source.get(name) is None:
+    def needed(name: str, part: dict = source):
+        if part.get(name) is None:
             raise ValueError(f"{path} lacks {name}; is it the config.json of a model?")
-        return source[name]
+        return part[name]
     kind, plain = source.get("model_type"), dict(PLAIN)
     if kind not in FAMILIES:
         raise ValueError(f"{path} is of model_type {kind}; nanoBoLT takes {' and '.join(FAMILIES)}")
@@ -72,13 +72,14 @@ def config_of(source: dict, path: Path) -> dict:
     fields = {"context": needed("max_position_embeddings"), "layers": needed("num_hidden_layers"), "width": width,
               "heads": heads, "ffn": needed("intermediate_size"), "vocab_size": needed("vocab_size"),
               "kv_heads": source.get("num_key_value_heads") or heads,
-              "head_dim": head_dim if head_dim != width / heads else 0, "norm_eps": source.get("rms_norm_eps", 1e-6),
+              "head_dim": head_dim if head_dim != width / heads else 0, "norm_eps": source.get("rms_norm_eps") or 1e-6,
               "rope_base": float(rope.get("rope_theta") or source.get("rope_theta") or 10000.0),
               "qkv_bias": kind == "qwen2"}
     scaling = rope.get("rope_type") or rope.get("type") or "default"
     if scaling == "llama3":
-        fields |= {"rope_factor": rope["factor"], "rope_low": rope["low_freq_factor"],
-                   "rope_high": rope["high_freq_factor"], "rope_original": rope["original_max_position_embeddings"]}
+        names = {"rope_factor": "factor", "rope_low": "low_freq_factor", "rope_high": "high_freq_factor",
+                 "rope_original": "original_max_position_embeddings"}
+        fields |= {ours: needed(name, rope) for ours, name in names.items()}
     elif scaling != "default":
         raise ValueError(f"{path} has rope scaling {scaling}; nanoBoLT takes llama3's, or none")
     return fields
@@ -147,16 +148,13 @@ class BaseTokenizer(Marked):
     @cached_property
     def sizes(self) -> list[int]:
         """Bytes of every text id; a token that spells a byte, as <0x0A>, is one."""
-        is_byte_level = '"ByteLevel"' in json.dumps(json.loads(self.spec)["decoder"])
-        added = self.library.get_added_tokens_decoder()
+        is_byte_level, added = "ByteLevel" in str(self.library.decoder), self.library.get_added_tokens_decoder()
 
         def size(i: int) -> int:
             token = self.library.id_to_token(i) or ""
-            if i in added:
-                return len(token.encode())
-            if is_byte_level or re.fullmatch(r"<0x[0-9A-F]{2}>", token):
-                return len(token) if is_byte_level else 1
-            return len(token.replace("▁", " ").encode())
+            if is_byte_level and i not in added:
+                return len(token)               # a letter a byte
+            return 1 if re.fullmatch(r"<0x[0-9A-F]{2}>", token) else len(token.replace("▁", " ").encode())
         return [size(i) for i in range(self.text_ids)]
 
     def encode(self, text: str) -> list[int]:
@@ -251,14 +249,14 @@ class Weights:
             raise ValueError(f"{file} is no whole safetensors file ({error}); download it again") from None
 
     def into(self, name: str, there: Tensor) -> None:
-        """Copy a tensor to its first rows of `there`, float32. Raises ValueError where it has another form."""
+        """Copy a tensor to `there`, float32. Raises ValueError where it has another form."""
         file, there_name = self.place[name]
         with self.open(file) as opened:
             tensor = opened.get_tensor(there_name)
-        if not tensor.is_floating_point() or tensor.shape[1:] != there.shape[1:] or len(tensor) > len(there):
+        if not tensor.is_floating_point() or tensor.shape != there.shape:
             raise ValueError(f"{file} has {name} as {tensor.dtype} {list(tensor.shape)}, which does not fit "
                              "its config.json; nanoBoLT takes no quantised weights")
-        there[:len(tensor)] = tensor
+        there.copy_(tensor)
 
 
 def tie(weights: Weights, wanted: bool, say) -> bool:
@@ -284,15 +282,17 @@ def fill_markers(rows: Tensor, text_ids: int, begin: int, end: int) -> None:
         rows[text_ids + number] = near_mean[number] if like is None else old[like]
 
 
-def ends_of(source: dict, folder: Path) -> tuple[int, int]:
-    """The base's first and last token of a text. Raises ValueError where it names no last one."""
+def ends_of(source: dict, folder: Path, rows: int) -> tuple[int, int]:
+    """The base's first and last token of a text. Raises ValueError where it names none that it has."""
     if source.get("eos_token_id") is None and (folder / "generation_config.json").exists():
         source = read_json(folder / "generation_config.json")
     begin, end = source.get("bos_token_id"), source.get("eos_token_id")
     end = end[0] if isinstance(end, list) else end
-    if end is None:
-        raise ValueError(f"{folder}/config.json names no eos_token_id, from which EOL starts; add it")
-    return end if begin is None else begin, end
+    begin = end if begin is None else begin
+    if end is None or not max(begin, end) < rows:
+        raise ValueError(f"{folder}/config.json names {end} as eos_token_id and {begin} as bos_token_id, from whose rows "
+                         f"EOL and BOS start; give ids below {rows}")
+    return begin, end
 
 
 def read_base(path: str, say=print) -> dict:
@@ -303,7 +303,8 @@ def read_base(path: str, say=print) -> dict:
     folder = Path(path)
     source = read_json(folder / "config.json")
     fields = config_of(source, folder / "config.json")
-    tokenizer, has_markers = open_tokenizer(folder, fields["vocab_size"])
+    rows = fields["vocab_size"]
+    tokenizer, has_markers = open_tokenizer(folder, rows)
     weights = Weights(folder)
     tied = tie(weights, bool(source.get("tie_word_embeddings")), say)
     fields |= {"vocab_size": tokenizer.vocab_size, "padding": -tokenizer.vocab_size % 64, "tied": tied}
@@ -317,10 +318,10 @@ def read_base(path: str, say=print) -> dict:
                              f"{source['model_type']} model, or not whole")
     model = {}
     for name, ours in theirs.items():
-        model[ours] = torch.zeros(shapes[ours])
-        weights.into(name, model[ours])
-        if ours in ("embedding.weight", "head.weight") and not has_markers:
-            fill_markers(model[ours], tokenizer.text_ids, *ends_of(source, folder))
+        model[ours], of_vocabulary = torch.zeros(shapes[ours]), ours in ("embedding.weight", "head.weight")
+        weights.into(name, model[ours][:rows] if of_vocabulary else model[ours])
+        if of_vocabulary and not has_markers:
+            fill_markers(model[ours], rows, *ends_of(source, folder, rows))
     if tied:
         model["head.weight"] = model["embedding.weight"]
     return {"model_config": config, "model": model, "tokenizer": tokenizer.state()}

@@ -253,7 +253,8 @@ def sha256_of(path) -> str:
 
 # ---- run folders -----------------------------------------------------------------------------------------------
 
-HOW_ONLY = ("device", "arms")     # settings that may change when a run goes on
+# settings that may change when a run goes on, since no result depends on them
+HOW_ONLY = ("device", "arms", "recompute", "train.recompute", "keep_models")
 
 
 def commit_of_this_project() -> str:

@@ -380,6 +380,11 @@ REFUSED = {
     "a missing key": (lambda f: change(f, hidden_size=None), "hidden_size"),
     "another width": (lambda f: change(f, hidden_size=96), "does not fit"),
     "another head size": (lambda f: change(f, head_dim=10), "does not fit"),
+    "fewer heads": (lambda f: change(f, num_key_value_heads=1), "does not fit"),
+    "more heads": (lambda f: change(f, num_key_value_heads=3), "does not fit"),
+    "more rows": (lambda f: change(f, vocab_size=341), "does not fit"),
+    "half of llama3": (lambda f: change(f, rope_scaling={"rope_type": "llama3", "factor": 8}), "low_freq_factor"),
+    "an end beyond": (lambda f: change(f, eos_token_id=ROWS), f"names {ROWS} as eos_token_id"),
     "another depth": (lambda f: change(f, num_hidden_layers=3), "lacks model.layers.2"),
     "less depth": (lambda f: change(f, num_hidden_layers=1), "also has model.layers.1"),
     "fewer rows": (lambda f: change(f, vocab_size=300), "tokenizer.json has .* of the 300 rows"),
@@ -509,8 +514,8 @@ def test_two_processes_draw_the_same_bytes_and_train_the_same_model(base, corpus
     for n in (1, 2):
         run(n, f"train.py --data {corpus}/gold.jsonl --init_from {base} --row_tokens 64 --batch_tokens 256 --steps 4 "
                f"--out {tmp_path}/run{n} --device cpu")
-        run(n, f"sample_latents.py --checkpoint {tmp_path}/run1 --data {corpus}/raw.jsonl --out {tmp_path}/latents{n}.jsonl "
-               "--num_latents 2 --max_latent_tokens 8 --block_chunks 3 --device cpu")
+        run(n, f"sample_latents.py --checkpoint {tmp_path}/run1 --data {corpus}/raw.jsonl --out {tmp_path}/latents{n}.jsonl"
+               " --num_latents 2 --max_latent_tokens 8 --block_chunks 3 --device cpu")
     assert (tmp_path / "latents1.jsonl").read_bytes() == (tmp_path / "latents2.jsonl").read_bytes()
     one, two = (read_checkpoint(str(tmp_path / f"run{n}"))["model"] for n in (1, 2))
     for name in one:

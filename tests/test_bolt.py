@@ -202,7 +202,8 @@ def test_thoughts_drawn_from_the_exact_posterior_are_near_it(lab):
 def test_kill_minus_9_takes_the_second_process_along_and_the_same_command_continues(corpus, finished, tmp_path):
     """Killed once the warm start is there; started again, it ends with the figures of a run that was never stopped."""
     out, root = tmp_path / "killed", os.path.dirname(bolt.__file__)
-    command = [sys.executable, "bolt.py", "--data", str(corpus), "--out", str(out), "--arms", ",".join(bolt.ARMS), *TINY]
+    arms = ",".join(bolt.ARMS)
+    command = [sys.executable, "bolt.py", "--data", str(corpus), "--out", str(out), "--arms", arms, *TINY]
     process = subprocess.Popen(command, cwd=root)
     while not (out / "warm" / "ckpt.pt").exists():
         assert process.poll() is None

@@ -19,7 +19,8 @@ OURS = {"model": "model.py", "sample_latents": "sample_latents.py", "train": "tr
            for name in ("tokens", "corpus", "cache", "layout", "loader", "run", "report", "bases")},
         **{f"data.alchemy.{name}": f"data/alchemy/{name}.py" for name in ("world", "prepare", "claims")}}
 PICTURE = {
-    "model": set(), "data.tokens": {"data.bases"}, "data.bases": {"data.tokens", "model"}, "data.run": set(), "data.report": set(), "data.alchemy.world": set(),
+    "model": set(), "data.run": set(), "data.report": set(), "data.alchemy.world": set(),
+    "data.tokens": {"data.bases"}, "data.bases": {"data.tokens", "model"},
     "data.alchemy.prepare": {"data.alchemy.world"},
     "data.alchemy.claims": {"data.alchemy.world", "data.report"},
     "data.corpus": {"data.tokens"},

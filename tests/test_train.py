@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,13 +18,13 @@ import torch
 import train as train_module
 from data.corpus import encode_document
 from data.layout import LATENT, MARKER, TEXT
-from data.loader import Position, Recipe, training_batches
+from data.loader import Position, Recipe, epoch_rows, training_batches
 from data.run import Ranks
 from data.tokens import Tokenizer, tokenizer_for
 from model import Shape, read_checkpoint, restore, save_checkpoint
 from tests.conftest import RECORDS, random_model
 from train import (Forward, Muon, TrainConfig, TrainState, backward, main, make_optimizers, nearest_orthogonal,
-                   new_model, schedule, train, validate, validation_config)
+                   new_model, schedule, train, validate, validation_config, with_optimizer, with_steps)
 
 SMALL = TrainConfig(steps=12, batch_tokens=64, row_tokens=16, checkpoint_every=5,
                     model=Shape(context=32, width=16, ffn=24, heads=2, kv_heads=2))
@@ -109,12 +110,47 @@ def test_muon_takes_the_steps_of_torch():
     assert (ours - theirs).norm() < 0.05 * moved
 
 
+@pytest.mark.parametrize("epochs", [0.4, 1.0])
+def test_epochs_are_as_many_steps_as_read_the_documents_so_often(epochs, layout, documents, alone):
+    """The last step of a pass is the first after which every row of it has been read."""
+    many = [replace(document, index=i) for i, document in enumerate(documents * 15)]
+    config = with_steps(replace(SMALL, epochs=epochs), many, layout)
+    batches = training_batches(many, layout, config, Position(), alone)
+    ends = [next(batches).position for _ in range(config.steps + 1)]
+    rows = sum(1 for _ in epoch_rows(many, layout, config))
+    assert (config.steps - 1) * config.rows < epochs * rows <= config.steps * config.rows
+    assert ends[-2].epoch <= ends[-1].epoch == math.floor(epochs) and with_steps(SMALL, many, layout) == SMALL
+
+
+def test_auto_is_settled_by_where_the_weights_come_from(tokenizer):
+    """Muon for fresh weights, AdamW with small steps for those of a base; what is given stays."""
+    settled = with_optimizer(SMALL, tokenizer)
+    assert (settled.optimizer, settled.learning_rate) == ("muon", 3e-3) and with_optimizer(settled, tokenizer) == settled
+    of_base = SimpleNamespace(of_base=True)
+    assert (with_optimizer(SMALL, of_base).optimizer, with_optimizer(SMALL, of_base).learning_rate) == ("adamw", 3e-4)
+    given = replace(SMALL, optimizer="muon", learning_rate=0.1)
+    assert with_optimizer(given, of_base) == given
+    with pytest.raises(ValueError, match="--epochs -1"):
+        TrainConfig(epochs=-1)
+
+
 def test_every_weight_has_one_optimizer(layout):
     model = random_model(layout.tokenizer.vocab_size)
     for name, count in (("adamw", 1), ("muon", 2)):
         optimizers = make_optimizers(model, replace(SMALL, optimizer=name, learning_rate=1e-3), torch.device("cpu"))
         held = [id(w) for o in optimizers for group in o.param_groups for w in group["params"]]
         assert len(optimizers) == count and sorted(held) == sorted(map(id, model.parameters()))
+
+
+def test_blocks_computed_again_give_the_same_gradient(layout, documents, alone):
+    model = random_model(layout.tokenizer.vocab_size)
+    batch = next(training_batches(documents, layout, SMALL, Position(), alone))
+    gradients = []
+    for model.recompute in (False, True):
+        model.zero_grad()
+        backward(model, batch, 0, alone)
+        gradients.append(torch.cat([weight.grad.flatten() for weight in model.parameters()]))
+    assert torch.equal(*gradients)
 
 
 def fresh(tokenizer, config=SMALL):
