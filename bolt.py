@@ -99,7 +99,7 @@ def em(lab: Lab, name: str) -> None:
     if 0 < done < config.rounds:
         model = restore(read_checkpoint(f"{folder}/round_{done}"), lab.ranks.device)
         passes = json.loads(Path(f"{folder}/round_{done}/step_last.json").read_text())["passes"]
-    for t in tqdm(range(done + 1, config.rounds + 1), f"{name} rounds", leave=False, disable=not lab.ranks.main):
+    for t in tqdm(range(done + 1, config.rounds + 1), f"{name} rounds", leave=False, disable=lab.ranks.no_bar):
         out = f"{folder}/round_{t}"
         drawn = f"{out}/latents.jsonl"
         figures = e_step(model, lab.tokenizer, raw, lab.blocks, sample, t, drawn, lab.ranks)     # z ~ q, kept by p / q
@@ -477,9 +477,7 @@ def start_beside(config: BoltConfig, names: list[str]) -> multiprocessing.Proces
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     arguments = (config, names, torch.get_num_threads())
     process = multiprocessing.get_context("spawn").Process(target=run_beside, args=arguments, daemon=True)
-    os.environ["TQDM_DISABLE"] = "1"
     process.start()
-    del os.environ["TQDM_DISABLE"]
     return process
 
 
@@ -487,7 +485,7 @@ def run_beside(config: BoltConfig, names: list[str], threads: int) -> None:
     """The second process."""
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(threads)
-    script(lambda argv: run_arms(open_lab(config, start_ranks(config.device)), names))
+    script(lambda argv: run_arms(open_lab(config, replace(start_ranks(config.device), quiet=True)), names))
 
 
 # ---- report ----------------------------------------------------------------------------------------------------

@@ -564,7 +564,7 @@ def draw_blocks(model: GPT, layout: Layout, corpus: str, config: SampleConfig, r
     """Write what is missing of this process's blocks: lines, then the sums that say that they are whole."""
     mine = {n for n in range(ranks.rank, len(blocks), ranks.world) if not (folder / f"{n:09d}.json").exists()}
     draws, total, start = sum(blocks[n][1] for n in mine) * config.num_latents, Counter(), time.time()
-    bar = tqdm(total=draws, desc="E-step", unit="draw", leave=False, disable=not ranks.main)
+    bar = tqdm(total=draws, desc="E-step", unit="draw", leave=False, disable=ranks.no_bar)
     lines, summary = numbered_lines(corpus), ""
     for n, (count, _) in enumerate(blocks):
         here = list(itertools.islice(lines, count))

@@ -391,7 +391,7 @@ def train(model: GPT, tokenizer: Tokenizer, documents, config: TrainConfig, fold
     forward, meter = Forward(model, **how, ranks=ranks), Meter(model, config, how["dtype"], ranks)
     batches = training_batches(documents, Layout(tokenizer), config, Position(*state.position), ranks)
     bar = tqdm(range(state.step + 1, config.steps + 1), desc=title, initial=state.step, total=config.steps, unit="step",
-               leave=False, disable=not ranks.main)
+               leave=False, disable=ranks.no_bar)
     for state.step in bar:
         start = time.perf_counter()
         batch, waited = next(batches), time.perf_counter() - start

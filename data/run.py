@@ -144,10 +144,15 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
+    quiet: bool = False     # it shows no progress bars
 
     @property
     def main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def no_bar(self) -> bool:
+        return self.quiet or not self.main
 
     def say(self, line: str) -> None:
         if self.main:
