@@ -190,8 +190,8 @@ ARMS = {
     "warm_long": Arm("warm start, FLOPs of the whole loop", "gold", "loop"),
 }
 ON_REQUEST = ("k4", "raw_best", "gold_raw_best")        # not in --arms all
-BESIDE = ("raw_m_step", "raw_observed", "raw_best", "k1", "gold_plus_raw", "gold_raw_best", "oracle",
-          "warm_long")      # what a second process does
+# what a second process does
+BESIDE = ("raw_m_step", "raw_observed", "k1", "gold_plus_raw", "gold_raw_best", "oracle", "warm_long")
 
 
 @dataclass(frozen=True)

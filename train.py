@@ -49,7 +49,7 @@ class TrainConfig(Recipe):
     recompute: bool = option(False, "compute each block again for its gradient: less memory, a third more time")
     optimizer: Literal["auto", "muon", "adamw"] = option(
         "auto", "of the matrices of the blocks, all other weights have AdamW; auto: muon, and adamw from an open base")
-    learning_rate: float = option(0.0, "peak of AdamW's learning rate; 0: 3e-3, and 3e-4 from an open base")
+    learning_rate: float = option(0.0, "peak of AdamW's learning rate; 0: 3e-3, and 1e-4 from an open base")
     muon_learning_rate: float = option(0.015, "peak of Muon's", above=0)
     schedule: Literal["wsd", "cosine", "constant"] = option(
         "wsd", "after the warm-up; wsd: constant, then down to zero; cosine: to zero")
@@ -105,7 +105,7 @@ def with_optimizer(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
 
     Weights of a base want small steps, and Muon's are all of one size.
     """
-    optimizer, rate = ("adamw", 3e-4) if tokenizer.of_base else ("muon", 3e-3)
+    optimizer, rate = ("adamw", 1e-4) if tokenizer.of_base else ("muon", 3e-3)
     return replace(config, optimizer=optimizer if config.optimizer == "auto" else config.optimizer,
                    learning_rate=config.learning_rate or rate)
 

@@ -290,8 +290,8 @@ def ends_of(source: dict, folder: Path, rows: int) -> tuple[int, int]:
     end = end[0] if isinstance(end, list) else end
     begin = end if begin is None else begin
     if end is None or not max(begin, end) < rows:
-        raise ValueError(f"{folder}/config.json names {end} as eos_token_id and {begin} as bos_token_id, from whose rows "
-                         f"EOL and BOS start; give ids below {rows}")
+        raise ValueError(f"{folder}/config.json names {end} as eos_token_id and {begin} as bos_token_id, from whose "
+                         f"rows EOL and BOS start; give ids below {rows}")
     return begin, end
 
 

@@ -472,7 +472,7 @@ def test_bolt_runs_from_a_base(restart, base, corpus, tmp_path, monkeypatch, cap
                         started.append(start) or fit(lab, documents, config, folder, start, check))
     out = run_bolt(base, corpus, tmp_path / "run", "--restart", restart, "--keep_models", "last")
     settings = json.loads((out / "config.json").read_text())["config"]["train"]
-    assert settings["optimizer"] == "adamw" and settings["learning_rate"] == 3e-4
+    assert settings["optimizer"] == "adamw" and settings["learning_rate"] == 1e-4
     assert settings["model"]["context"] == 256
     assert "| EM, K = 2, round 2 |" in (out / "report.md").read_text()
     assert sorted(str(path.parent.relative_to(out)) for path in out.glob("**/ckpt.pt")) == ["em/round_2", "warm"]
@@ -501,7 +501,7 @@ def test_train_settles_what_a_base_wants(base, corpus, tmp_path):
     assert saved["state"]["step"] == settings["config"]["steps"] > 1
     train.main([*common, "--init_from", str(tmp_path / "run"), "--out", str(tmp_path / "second"), "--steps", "1"])
     again = json.loads((tmp_path / "second/config.json").read_text())["config"]
-    assert again["optimizer"] == "adamw" and again["learning_rate"] == 3e-4      # a base's child is one too
+    assert again["optimizer"] == "adamw" and again["learning_rate"] == 1e-4      # a base's child is one too
 
 
 @pytest.mark.slow
@@ -514,8 +514,8 @@ def test_two_processes_draw_the_same_bytes_and_train_the_same_model(base, corpus
     for n in (1, 2):
         run(n, f"train.py --data {corpus}/gold.jsonl --init_from {base} --row_tokens 64 --batch_tokens 256 --steps 4 "
                f"--out {tmp_path}/run{n} --device cpu")
-        run(n, f"sample_latents.py --checkpoint {tmp_path}/run1 --data {corpus}/raw.jsonl --out {tmp_path}/latents{n}.jsonl"
-               " --num_latents 2 --max_latent_tokens 8 --block_chunks 3 --device cpu")
+        run(n, f"sample_latents.py --checkpoint {tmp_path}/run1 --data {corpus}/raw.jsonl"
+               f" --out {tmp_path}/latents{n}.jsonl --num_latents 2 --max_latent_tokens 8 --block_chunks 3 --device cpu")
     assert (tmp_path / "latents1.jsonl").read_bytes() == (tmp_path / "latents2.jsonl").read_bytes()
     one, two = (read_checkpoint(str(tmp_path / f"run{n}"))["model"] for n in (1, 2))
     for name in one:

@@ -64,6 +64,8 @@ def test_bad_sources_are_named(tmp_path):
 
 
 def test_the_settings_beside_the_corpus_are_settings_of_bolt():
-    config = parse_config(BoltConfig(), ["--config", str(ROOT / "data" / "gsm8k" / "bolt.json")], "")
-    assert config.data == "data/gsm8k" and config.train.model.width == 128 and config.sample.num_latents == 4
-    assert config.arm_names[0] == "warm"
+    fresh, of_base = (parse_config(BoltConfig(), ["--config", str(ROOT / "data" / "gsm8k" / name)], "")
+                      for name in ("bolt.json", "smollm2.json"))
+    assert fresh.data == "data/gsm8k" and fresh.train.model.width == 128 and fresh.sample.num_latents == 4
+    assert of_base.train.epochs == 2 and of_base.warm_epochs == 4 and of_base.keep_models == "last"
+    assert fresh.arm_names[0] == of_base.arm_names[0] == "warm" and "raw_best" in of_base.arm_names
