@@ -409,8 +409,13 @@ class GPT(nn.Module):
 def save_checkpoint(path: str, model: GPT, **state) -> None:
     """Write model, its config and whatever a resume needs; whole or not at all (temporary name, then rename)."""
     temporary = f"{path}.tmp"
-    torch.save({"model_config": asdict(model.config), "model": model.state_dict(), **state}, temporary)
-    os.replace(temporary, path)
+    try:
+        torch.save({"model_config": asdict(model.config), "model": model.state_dict(), **state}, temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise
 
 
 def checkpoint_path(path: str) -> str:

@@ -657,8 +657,10 @@ def annotate_corpus(state: dict, tokenizer: Tokenizer, config: MainConfig, ranks
     hashes = {"checkpoint_sha256": checkpoint_path(config.checkpoint), "data_sha256": config.data} if ranks.main else {}
     open_run(f"{config.out}.run", config, ranks, **{name: sha256_of(path) for name, path in hashes.items()})
     dtype = chosen_dtype(f"{config.out}.run", config, state["model_config"], ranks)
-    ranks.say(f"drawing {config.num_latents} thoughts for each of {sum(chunks for _, chunks in blocks):,} chunks of "
-              f"{config.data} on {ranks.device}, in {dtype}")
+    chunks = sum(chunks for _, chunks in blocks)
+    nothing = "" if chunks else ": all are given or have one; --redraw true draws anew"
+    ranks.say(f"drawing {config.num_latents} thoughts for each of {chunks:,} chunks of {config.data} on "
+              f"{ranks.device}, in {dtype}{nothing}")
     model = restore(state, ranks.device)
     figures = e_step(model, tokenizer, config.data, blocks, config, config.round, config.out, ranks)
     ranks.say(json.dumps(figures, indent=1))

@@ -51,13 +51,20 @@ def open_source(path: str) -> Source:
     return Source(path, sha256_of(path))
 
 
-def parts_of(path: str) -> Iterator[tuple[int, list[bytes]]]:
-    """(number of the first, lines) of a corpus, a part at a time."""
-    first = 0
-    with open(path, "rb") as file:
-        while lines := file.readlines(PART_BYTES):
-            yield first, lines
-            first += len(lines)
+Part = list[tuple[int, bytes]]      # lines with their numbers
+
+
+def parts_of(path: str) -> Iterator[Part]:
+    """A corpus, a part at a time."""
+    part, size = [], 0
+    for number, line in numbered_lines(path):
+        part.append((number, line))
+        size += len(line)
+        if size >= PART_BYTES:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
 
 
 def on_all_cores(job: Callable, path: str, title: str) -> Iterator:
@@ -70,9 +77,8 @@ def on_all_cores(job: Callable, path: str, title: str) -> Iterator:
         yield from tqdm(pool.imap(job, parts_of(path)), title, size // PART_BYTES, unit="part", leave=False)
 
 
-def tokens_of_part(part: tuple[int, list[bytes]], path: str, encoding: str) -> set[bytes]:
-    first, lines = part
-    return tokens_of(texts_of((read_record(path, n, line) for n, line in enumerate(lines, first)), encoding), encoding)
+def tokens_of_part(part: Part, path: str, encoding: str) -> set[bytes]:
+    return tokens_of(texts_of((read_record(path, *numbered) for numbered in part), encoding), encoding)
 
 
 def vocabulary(source: Source, encoding: str) -> set[bytes]:
@@ -97,9 +103,8 @@ def from_bytes(index: int, record: bytes) -> Document:
     return Document(index, [Chunk(*parts) for parts in marshal.loads(record)], {})
 
 
-def tokenize_part(part: tuple[int, list[bytes]], path: str, tokenizer: Tokenizer) -> list[bytes]:
-    first, lines = part
-    return [to_bytes(read_document(path, n, line, tokenizer)) for n, line in enumerate(lines, first)]
+def tokenize_part(part: Part, path: str, tokenizer: Tokenizer) -> list[bytes]:
+    return [to_bytes(read_document(path, *numbered, tokenizer)) for numbered in part]
 
 
 class TokenizedCorpus:

@@ -4,8 +4,10 @@
 
 The suffixes of a document add up to its text; a document that has only text is split into chunks; one with {"text",
 "latent"}, a rewriting of the whole, is one chunk. What an E-step wrote has more keys: the ids of the thought, the
-evidence, and where it kept them the draws.
+evidence, and where it kept them the draws. A null is as good as no key. Files are UTF-8; a line ends at "\n" alone, and
+blank lines, CRLF and a byte order mark do no harm.
 """
+import codecs
 import contextlib
 import hashlib
 import json
@@ -20,6 +22,7 @@ import numpy as np
 from data.tokens import Tokenizer, split
 
 CHUNK_TOKENS = 256      # cap of a chunk where text is split
+LONGEST_PIECE = 2 ** 14     # characters that are tokenised at once to see whether they fit; some encodings take squares
 
 
 # ---- chunking: raw text -> suffixes ----------------------------------------------------------------------------
@@ -27,7 +30,7 @@ CHUNK_TOKENS = 256      # cap of a chunk where text is split
 # A sentence ends after . ! ? (and closing quotes) before white space and no lower-case letter, or after line breaks;
 # the white space stays with the sentence before it.
 SENTENCE_END = re.compile(r"""(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bMrs)(?<!\bProf)(?<!\bvs)(?<!\be\.g)(?<!\bi\.e)
-                              [.!?]["')\]”’]*\s+(?![a-z\s])  |  \s*\n\s*(?!\s)""", re.VERBOSE)
+                              [.!?]["')\]”’]*\s+(?![a-z\s])  |  \n\s*(?!\s)""", re.VERBOSE)
 
 
 def split_into_sentences(text: str) -> list[str]:
@@ -43,17 +46,18 @@ def split_into_chunks(text: str, count_tokens: Callable[[str], int], chunk_token
     """
     def fit(part: str) -> list[str]:
         half = len(part) // 2
-        return [part] if half == 0 or count_tokens(part) <= chunk_tokens else fit(part[:half]) + fit(part[half:])
+        fits = half == 0 or len(part) <= LONGEST_PIECE and count_tokens(part) <= chunk_tokens
+        return [part] if fits else fit(part[:half]) + fit(part[half:])
 
     random = np.random.default_rng(list(hashlib.sha256(text.encode()).digest()))
     sentences = [part for sentence in split_into_sentences(text) for part in fit(sentence)]
-    chunks = []
-    while sentences:
-        size = min(1 + int(random.poisson(7)), 20, len(sentences))
-        while size > 1 and sum(count_tokens(sentence) for sentence in sentences[:size]) > chunk_tokens:
+    tokens, chunks, start = list(map(count_tokens, sentences)), [], 0
+    while start < len(sentences):
+        size = min(1 + int(random.poisson(7)), 20, len(sentences) - start)
+        while size > 1 and sum(tokens[start:start + size]) > chunk_tokens:
             size -= 1
-        chunks.append("".join(sentences[:size]))
-        sentences = sentences[size:]
+        chunks.append("".join(sentences[start:start + size]))
+        start += size
     return chunks
 
 
@@ -134,23 +138,49 @@ def naming_the_line(path: str, number: int):
         raise ValueError(f"{path}:{number + 1}: {error}") from None
 
 
+KEYS = {        # that are read of a document, a chunk and a draw, and what each holds; those with ! must be there
+    "document": {"text": "! a text", "latent": "a text", "answer": "a text", "chunks": "a list of objects"},
+    "chunk": {"suffix": "! a text", "latent": "a text", "latent_ids": "a list of ids", "given": "true or false",
+              "draws": "a list of objects"},
+    "draw": {"latent": "! a text", "latent_ids": "a list of ids", "weight": "! a weight of at least 0"}}
+HOLDS = {
+    "a text": lambda value: isinstance(value, str),
+    "true or false": lambda value: isinstance(value, bool),
+    "a weight of at least 0": lambda value: type(value) in (int, float) and 0 <= value < math.inf,
+    "a list of ids": lambda value: isinstance(value, list) and all(type(i) is int and i >= 0 for i in value),
+    "a list of objects": lambda value: isinstance(value, list) and all(isinstance(part, dict) for part in value)}
+
+
+def without_nulls(value):
+    """JSON with the keys left out that hold null: what other tools write where a key is absent."""
+    if isinstance(value, dict):
+        return {key: without_nulls(part) for key, part in value.items() if part is not None}
+    return [without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
+def check_keys(part: dict, kind: str) -> None:
+    for key, what in KEYS[kind].items():
+        needed, what = what.startswith("!"), what.removeprefix("! ")
+        if needed and key not in part:
+            raise ValueError(f'a {kind} needs a "{key}", {what}')
+        if key in part and not HOLDS[what](part[key]):
+            raise ValueError(f'the "{key}" of a {kind} is {what}, not {json.dumps(part[key])[:40]}')
+
+
 def check_record(record: dict) -> dict:
-    """A document of the data contract, or a ValueError that says what is wrong with it."""
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise ValueError('a document needs a "text"')
-    if not isinstance(record.get("latent"), str | None):
-        raise ValueError('the "latent" of a document is a text or null')
-    chunks = record.get("chunks")
-    if chunks is None:
-        return record
-    if not isinstance(chunks, list) or not all(isinstance(c, dict) and isinstance(c.get("suffix"), str)
-               and isinstance(c.get("latent"), str | None) for c in chunks):
-        raise ValueError('each chunk needs a "suffix", and its "latent" is a text or null')
-    for draws in (chunk["draws"] for chunk in chunks if chunk.get("draws") and chunk.get("latent") is not None):
-        if not all(isinstance(d, dict) and isinstance(d.get("latent"), str) and isinstance(d.get("weight"), float | int)
-                   and 0 <= d["weight"] < math.inf for d in draws) or not sum(d["weight"] for d in draws):
-            raise ValueError('each of the "draws" needs a "latent" and a "weight", at least 0 and not all 0')
-    if "".join(chunk["suffix"] for chunk in chunks) != record["text"]:
+    """A document of the data contract, less what is null, or a ValueError that says what is wrong with it."""
+    if not isinstance(record, dict):
+        raise ValueError('a document is an object with a "text"')
+    record = without_nulls(record)
+    check_keys(record, "document")
+    for chunk in record.get("chunks", []):
+        check_keys(chunk, "chunk")
+        draws = chunk.get("draws", []) if "latent" in chunk else []
+        for draw in draws:
+            check_keys(draw, "draw")
+        if draws and not any(draw["weight"] for draw in draws):
+            raise ValueError('the "weight" of one of the draws must be above 0')
+    if "chunks" in record and "".join(chunk["suffix"] for chunk in record["chunks"]) != record["text"]:
         raise ValueError('the suffixes of the chunks do not add up to "text"')
     return record
 
@@ -158,27 +188,47 @@ def check_record(record: dict) -> dict:
 def read_record(path: str, number: int, line: bytes) -> dict:
     """A line of a corpus as a document of the data contract. Raises ValueError with file:line."""
     with naming_the_line(path, number):
-        return check_record(json.loads(line))
+        try:
+            text = line.decode("utf-8-sig")
+            record = json.loads(text)
+            if "\\ud" in text.lower():
+                json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"the file is not UTF-8 ({error.reason}); convert it") from None
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])
+            raise ValueError(f"half a character ({half}), which cannot be written; remove it") from None
+        except RecursionError:
+            raise ValueError("the JSON is nested too deeply") from None
+        return check_record(record)
 
 
 def read_document(path: str, number: int, line: bytes, tokenizer: Tokenizer, without_latents: bool = False) -> Document:
     """A line of a corpus, encoded. Raises ValueError with file:line."""
-    record = read_record(path, number, line)
-    if without_latents and record.get("chunks"):
+    record = with_chunks(read_record(path, number, line), tokenizer.count)
+    if without_latents:
         dropped = ("latent", "latent_ids", "draws")
         record["chunks"] = [{key: chunk[key] for key in chunk if key not in dropped} for chunk in record["chunks"]]
+        record.pop("latent", None)      # of a whole document
     with naming_the_line(path, number):
         return encode_document(number, record, tokenizer)
 
 
 def numbered_lines(path: str) -> Iterator[tuple[int, bytes]]:
-    """(number from 0, line) of a corpus, one at a time. Raises FileNotFoundError, ValueError where it is empty."""
+    """(number from 0, line) of a corpus, one at a time, but for blank ones.
+
+    Raises FileNotFoundError, ValueError where there is nothing.
+    """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no corpus at {path}; python data/alchemy/prepare.py makes the embedded one")
-    if os.path.getsize(path) == 0:
-        raise ValueError(f"{path} is empty; a corpus has one JSON document a line")
+    is_empty = True
     with open(path, "rb") as file:
-        yield from enumerate(file)
+        for number, line in enumerate(file):
+            if line.removeprefix(codecs.BOM_UTF8).strip():
+                is_empty = False
+                yield number, line
+    if is_empty:
+        raise ValueError(f"{path} is empty; a corpus has one JSON document a line")
 
 
 def read_corpus(path: str) -> list[dict]:

@@ -79,10 +79,11 @@ class Layout:
         return sequence.add(MARKER, [self.eos])
 
     def latents(self, document: Document) -> Sequence:
-        """The latents of a document alone, without markers between them: for corpora whose latents rewrite the text."""
+        """The latents of a document alone, without markers between them: for corpora whose latents rewrite the text.
+        Those of given chunks are left out, as in every other layout."""
         sequence = Sequence().add(GIVEN, [self.bos])
         for chunk in document.chunks:
-            sequence.add(LATENT, chunk.latent or [])
+            sequence.add(LATENT, [] if chunk.given else chunk.latent or [])
         return sequence.add(MARKER, [self.eos])
 
     # E-step

@@ -101,7 +101,8 @@ def lay_out(documents: list[Document], layout: Layout, recipe: Recipe, epoch: in
             continue
         document = replace(document, chunks=list(map(pick_thought, document.chunks, pick)))
         if recipe.layout == "latent_only":
-            yield from [layout.latents(document)] if any(chunk.latent is not None for chunk in document.chunks) else []
+            has_latents = any(chunk.latent is not None and not chunk.given for chunk in document.chunks)
+            yield from [layout.latents(document)] if has_latents else []
         else:
             yield layout.document(document, coin < prior_share, recipe.plain_as)
 

@@ -221,9 +221,12 @@ def choose_dtype(wanted: str, width: int, device: torch.device) -> str:
 def whole_file(path):
     """A file to write bytes to that appears whole or not at all: under a name of this process's own, then renamed."""
     temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "wb") as file:
-        yield file
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)         # where it could not be written whole
 
 
 def write_whole(path, text: str) -> None:

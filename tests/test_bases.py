@@ -515,7 +515,8 @@ def test_two_processes_draw_the_same_bytes_and_train_the_same_model(base, corpus
         run(n, f"train.py --data {corpus}/gold.jsonl --init_from {base} --row_tokens 64 --batch_tokens 256 --steps 4 "
                f"--out {tmp_path}/run{n} --device cpu")
         run(n, f"sample_latents.py --checkpoint {tmp_path}/run1 --data {corpus}/raw.jsonl"
-               f" --out {tmp_path}/latents{n}.jsonl --num_latents 2 --max_latent_tokens 8 --block_chunks 3 --device cpu")
+               f" --out {tmp_path}/latents{n}.jsonl --num_latents 2 --max_latent_tokens 8 --block_chunks 3"
+               " --device cpu")
     assert (tmp_path / "latents1.jsonl").read_bytes() == (tmp_path / "latents2.jsonl").read_bytes()
     one, two = (read_checkpoint(str(tmp_path / f"run{n}"))["model"] for n in (1, 2))
     for name in one:

@@ -96,7 +96,7 @@ def test_a_bad_line_is_named(corpus, records, monkeypatch, part_bytes):
     """With its number in the file, also where another process reads it."""
     monkeypatch.setattr(cache, "PART_BYTES", part_bytes)
     with open(corpus, "a") as file:
-        file.write('{"text": 3}\n')
+        file.write('{"txt": 3}\n')
     for job in (lambda source: vocabulary(source, "words"), lambda source: TokenizedCorpus(source, wide(records))):
         with pytest.raises(ValueError, match=f"corpus.jsonl:{len(records) + 1}: a document needs"):
             job(open_source(corpus))

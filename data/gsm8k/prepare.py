@@ -34,10 +34,10 @@ def read_problems(source: str) -> list[dict]:
     """The lines of the official file, in the order of their hashes. Raises ValueError, FileNotFoundError."""
     try:
         if source:
-            lines = Path(source).read_text(encoding="utf-8").splitlines()
+            content = Path(source).read_bytes()
         else:
-            lines = urllib.request.urlopen(URL, timeout=60).read().decode("utf-8").splitlines()
-        problems = [json.loads(line) for line in lines]
+            content = urllib.request.urlopen(URL, timeout=60).read()
+        problems = [json.loads(line) for line in content.decode("utf-8-sig").split("\n") if line.strip()]
         if not all(problem["answer"].count("#### ") == 1 for problem in problems):
             raise KeyError("answer")
         return sorted(problems, key=lambda problem: hashlib.sha256(problem["question"].encode()).digest())
@@ -45,7 +45,7 @@ def read_problems(source: str) -> list[dict]:
         raise FileNotFoundError(f"--source {source} does not exist; give a copy of GSM8K's train.jsonl") from None
     except OSError as error:
         raise ValueError(f"could not download {URL} ({error}); fetch it by hand and pass --source FILE") from None
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{source or URL} is not GSM8K: each line needs a question, and an answer with ####") from None
 
 
