@@ -133,7 +133,8 @@ def speeds(report: Report, ranks, config: GPTConfig, rows: int, prompts: int, co
     datasheet = next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
     print(f"  {name}: {flops / 1e12:.1f} TFLOP/s in a product, {bandwidth / 1e12:.2f} TB/s in a copy")
     model, tokens = GPT(config).to(device), rows * config.context
-    settings = TrainConfig(steps=100, batch_tokens=tokens, row_tokens=config.context)
+    settings = TrainConfig(steps=100, batch_tokens=tokens, row_tokens=config.context, optimizer="muon",
+                           learning_rate=3e-3)
     optimizers, forward = make_optimizers(model, settings, device), Forward(model, "bfloat16", compile, ranks)
     batch = StepBatch(packed(config, rows, config.context, torch.device("cpu")), tokens, tokens, tokens, 0, Position())
     step = seconds(lambda: train_step(model, forward, optimizers, batch, 0, settings, ranks), device)
