@@ -507,7 +507,8 @@ def report(lab: Lab) -> str:
               + f"{len(lab.corpora['held_out'])} held-out documents. Nats per token, bits per byte: of the observed "
               f"text, exact for raw models, minus the {config.bound_draws}-sample bound for those that think. Compute: "
               "forward and backward passes, E-steps counted, relative to the whole loop. Of a baseline evaluated "
-              "several times its best figure stands. ± is one standard error over documents.", "",
+              "several times its best figure stands; before its end it writes without a thought, so that its best nats "
+              "may be exact ones. ± is one standard error over documents.", "",
               f"`{run['command']}` at commit {run['commit']}, seed {config.seed}, torch {torch.__version__}, "
               f"{lab.ranks.device}, {time.strftime('%Y-%m-%d')}"]
     curves = curves_of(on_the_way, {name: arm.label for name, arm in ARMS.items()})
