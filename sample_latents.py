@@ -49,7 +49,7 @@ RECORDS = ("cuda",)         # devices that replay a recorded step
 @dataclass(frozen=True)
 class SampleConfig:
     num_latents: int = option(16, "K, the thoughts drawn per chunk", above=0)
-    temperature: float = option(1.3, "of the proposal, which log_proposal counts; above 1 it explores more", above=0)
+    temperature: float = option(1.3, "of the proposal, which log_proposal counts; above 1 it explores more", above=1e-4)
     max_latent_tokens: int = option(32, "a draw that is longer is unfinished: weight zero, never trained on", above=0)
     rows: int = option(512, "draws that decode together", above=0)
     block_chunks: int = option(1000, "chunks drawn and written as one; a killed run does as many again", above=0)

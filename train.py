@@ -360,6 +360,13 @@ def resume(path: str, model: GPT, optimizers, tokenizer: Tokenizer) -> TrainStat
     return TrainState(**saved["state"])
 
 
+def check_weights(model: GPT, step: int) -> None:
+    """Raise ValueError where weights are not finite: such ones are never saved. Alike on all ranks."""
+    if not all(bool(weight.isfinite().all()) for weight in model.parameters()):
+        raise ValueError(f"weights are not numbers after step {step}; ckpt.pt, if there, is of the steps before; lower "
+                         "--learning_rate, with another --out")
+
+
 def chosen(config: TrainConfig, model: GPT, folder: str, ranks: Ranks) -> dict:
     """The dtype of the products and whether to compile, as the run in this folder began: by hardware and size alone."""
     flops = config.steps * config.batch_tokens * model.training_flops(config.row_tokens)
@@ -406,6 +413,7 @@ def train(model: GPT, tokenizer: Tokenizer, documents, config: TrainConfig, fold
                 append_metrics(folder, record)
             at_record(record)
         if save:
+            check_weights(model, state.step)
             at_checkpoint(state, forward)
             if ranks.main:
                 needed = [optimizer.state_dict() for optimizer in optimizers] if state.step < config.steps else []

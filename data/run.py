@@ -9,7 +9,6 @@ import dataclasses
 import datetime
 import hashlib
 import json
-import math
 import os
 import subprocess
 import sys
@@ -59,8 +58,8 @@ def converter(kind, above: float | None):
         value = words.get(text.lower()) if words else kind(text)
         if value is None:
             raise argparse.ArgumentTypeError(f"{text} is not allowed; give one of {', '.join(words)}")
-        if kind is float and not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{text} is not allowed; give a finite number")
+        if kind is float and not abs(value) <= torch.finfo(torch.float32).max:
+            raise argparse.ArgumentTypeError(f"{text} is not allowed; give a finite number of float32")
         if above is not None and value <= above:
             raise argparse.ArgumentTypeError(f"{text} is not allowed; give a number above {above}")
         return value

@@ -450,6 +450,17 @@ def test_kill_minus_9_and_again_gives_the_same_weights(corpus, tmp_path, launche
     assert torch.equal(weights(one), weights(two))
 
 
+@pytest.mark.parametrize("rates", ["--optimizer adamw --learning_rate 1e38 --weight_decay 100 --steps 1",
+                                   "--learning_rate 1e38", "--muon_learning_rate 1e38"])
+def test_a_checkpoint_that_is_saved_is_sound(rates, corpus, tmp_path):
+    """The step that makes weights infinite ends the run in one line, before they are saved."""
+    with pytest.raises(ValueError, match="lower --learning_rate"):
+        main(flags(corpus, tmp_path / "run", *rates.split()))
+    assert (tmp_path / "run").exists() and not list(tmp_path.glob("run/ckpt*"))
+    with pytest.raises(ValueError, match="--learning_rate: 1e39 is not allowed"):
+        main(flags(corpus, tmp_path / "run", "--learning_rate", "1e39"))
+
+
 def test_it_starts_from_a_run_folder(corpus, tmp_path):
     main(flags(corpus, tmp_path / "first"))
     argv = ["--data", str(corpus), "--held_out", "", "--out", str(tmp_path / "second"), "--steps", "1",
