@@ -96,6 +96,8 @@ def em(lab: Lab, name: str) -> None:
     config, folder, raw = lab.config, f"{lab.config.out}/{name}", f"{lab.folder}/raw.jsonl"
     warm, passes = warm_start(lab)
     model, sample, done = warm, sample_config(config, ARMS[name].draws), rounds_done(folder, config.rounds)
+    for t in range(1, done):
+        drop_model(lab, f"{folder}/round_{t}")
     if 0 < done < config.rounds:
         model = restore(read_checkpoint(f"{folder}/round_{done}"), lab.ranks.device)
         passes = json.loads(Path(f"{folder}/round_{done}/step_last.json").read_text())["passes"]
@@ -122,7 +124,8 @@ def rounds_done(folder: str, rounds: int) -> int:
 def drop_model(lab: Lab, folder: str) -> None:
     """Delete the weights of a model that is trained and measured, where the last round's alone are to be kept."""
     if lab.config.keep_models == "last" and lab.ranks.main:
-        Path(folder, "ckpt.pt").unlink(missing_ok=True)
+        for name in ("ckpt.pt", "ckpt.pt.tmp"):         # a kill may have left the latter
+            Path(folder, name).unlink(missing_ok=True)
 
 
 def m_step(config: BoltConfig, round: int) -> TrainConfig:
@@ -282,7 +285,8 @@ def steps_of_budget(lab: Lab, arm: Arm, documents: list[Document], settings: Tra
     if settings.epochs:         # thoughts that are not drawn yet are taken to be as long as gold ones
         m = settings.epochs * sum(map(observed_tokens, lab.corpora["raw"])) / gold_observed
     share = gold_observed / observed if arm.budget == "observed tokens" else gold_tokens / tokens
-    return [max(1, round((warm + m) * share))]
+    seen = {"warm": warm + m, "base": m, "previous": warm + config.rounds * m}[config.restart]     # by the last model
+    return [max(1, round(seen * share))]
 
 
 def per_step(lab: Lab, documents: list[Document], settings: TrainConfig) -> tuple[float, float]:

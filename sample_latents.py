@@ -335,7 +335,8 @@ def score(model: GPT, prompts: list[list[int]], owners: list[int], sequences: li
     """
     device, log_p = model.embedding.weight.device, torch.zeros(len(sequences))
     most = BATCH_TOKENS[device.type]
-    few = min(most, 2 ** 30 // (model.config.heads * model.config.context))       # attention's scores take room too
+    longest = max(map(len, prompts)) + max((len(sequence.ids) for sequence in sequences), default=0)
+    few = min(most, 2 ** 30 // (model.config.heads * longest))          # attention's scores take room too
     of_prompt: list[list[int]] = [[] for _ in prompts]
     for number, owner in enumerate(owners):
         of_prompt[owner].append(number)

@@ -79,8 +79,8 @@ def read_start(path: str, ranks: Ranks) -> dict | None:
     if not path:
         return None
     if not os.path.exists(path):
-        raise FileNotFoundError(f"no run, checkpoint or base at {path}; for a base of the hub: hf download {path} "
-                                f"--local-dir bases/{os.path.basename(path)}")
+        of_hub = f"; for a base of the hub: hf download {path} --local-dir bases/{os.path.basename(path)}"
+        raise FileNotFoundError(f"no run, checkpoint or base at {path}{of_hub if path.count('/') == 1 else ''}")
     if os.path.isfile(checkpoint_path(path)):
         return read_checkpoint(path)
     from data.bases import read_base

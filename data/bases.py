@@ -41,9 +41,12 @@ def read_json(path: Path) -> dict:
         raise FileNotFoundError(f"{path.parent} has no {path.name}, but {others}; nanoBoLT takes what transformers"
                                 " saves: config.json, model.safetensors and tokenizer.json")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        raise ValueError(f"{path} is no JSON; download it again") from None
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no JSON object; download it again")
+    return content
 
 
 # ---- configuration ---------------------------------------------------------------------------------------------
@@ -112,14 +115,21 @@ def lossless(spec: dict) -> dict:
     """
     def walk(part):
         if isinstance(part, list):
-            return [walk(one) for one in part if one is None or one.get("type") not in ("Prepend", "Strip")]
+            return [one for one in map(walk, part) if one is not None]
         if not isinstance(part, dict):
             return part
+        if part.get("type") in ("Prepend", "Strip"):
+            return None
         part = {name: walk(value) for name, value in part.items()}
-        never = {"add_prefix_space": False, "prepend_scheme": "never"}
-        return part | {name: value for name, value in never.items() if name in part}
-    edges = {name: next(iter(walk([spec.get(name)])), None) for name in ("normalizer", "pre_tokenizer", "decoder")}
-    return spec | edges | {"post_processor": None, "truncation": None, "padding": None}
+        if part.get("type") == "Metaspace":
+            part.pop("add_prefix_space", None)
+            part["prepend_scheme"] = "never"
+        elif "add_prefix_space" in part:
+            part["add_prefix_space"] = False
+        return part
+    edges = {name: walk(spec.get(name)) for name in ("normalizer", "pre_tokenizer", "decoder")}
+    added = [token | {"lstrip": False, "rstrip": False} for token in spec.get("added_tokens") or []]
+    return spec | edges | {"added_tokens": added, "post_processor": None, "truncation": None, "padding": None}
 
 
 @dataclass(frozen=True)
@@ -181,9 +191,12 @@ def open_tokenizer(folder: Path, rows: int) -> tuple[BaseTokenizer, bool]:
 
     Raises ValueError where it has ids beyond the rows.
     """
-    spec = lossless({"added_tokens": []} | read_json(folder / "tokenizer.json"))
+    spec = lossless(read_json(folder / "tokenizer.json"))
     markers = [token["id"] for token in spec["added_tokens"] if token["content"] in MARKERS]
     ours = markers == list(range(rows - len(MARKERS), rows))
+    if markers and not ours:
+        raise ValueError(f"{folder}/tokenizer.json has markers of nanoBoLT as ids {markers}, not as the last of {rows} "
+                         "rows; give a folder as data/bases.py writes it")
     if ours:
         spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in MARKERS]
     tokenizer = BaseTokenizer(json.dumps(spec, ensure_ascii=False), rows - len(MARKERS) * ours)
@@ -221,10 +234,9 @@ def their_name(ours: str) -> str:
 
 def files_of(folder: Path) -> list[Path]:
     """The files that hold the weights. Raises FileNotFoundError."""
-    if (index := folder / "model.safetensors.index.json").exists():
-        files = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-    else:
-        files = [folder / "model.safetensors"]
+    index, files = folder / "model.safetensors.index.json", [folder / "model.safetensors"]
+    if index.exists() and not files[0].exists():        # else it is an old one
+        files = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))] or files
     if missing := [file.name for file in files if not file.exists()]:
         others = ", ".join(sorted({f"*{other.suffix}" for other in folder.glob("*.*")} - {".json"}))
         raise FileNotFoundError(f"{folder} lacks {missing[0]}, and has {others}; download it whole, or save the model "
@@ -287,9 +299,9 @@ def ends_of(source: dict, folder: Path, rows: int) -> tuple[int, int]:
     if source.get("eos_token_id") is None and (folder / "generation_config.json").exists():
         source = read_json(folder / "generation_config.json")
     begin, end = source.get("bos_token_id"), source.get("eos_token_id")
-    end = end[0] if isinstance(end, list) else end
+    end = next(iter(end), None) if isinstance(end, list) else end
     begin = end if begin is None else begin
-    if end is None or not max(begin, end) < rows:
+    if not all(isinstance(i, int) and 0 <= i < rows for i in (begin, end)):
         raise ValueError(f"{folder}/config.json names {end} as eos_token_id and {begin} as bos_token_id, from whose "
                          f"rows EOL and BOS start; give ids below {rows}")
     return begin, end
@@ -340,9 +352,10 @@ def spec_for(tokenizer: BaseTokenizer) -> str:
     reserved = [f"<|RESERVED_{i}|>" for i in range(tokenizer.text_ids) if library.id_to_token(i) is None]
     added = [tokenizers.AddedToken(name, special=True, normalized=False) for name in (*reserved, *MARKERS)]
     library.add_special_tokens(added)
-    for name, i in tokenizer.marker.items():
+    wanted = {name: int(name.strip("<|>").split("_")[1]) for name in reserved} | tokenizer.marker
+    for name, i in wanted.items():
         if library.token_to_id(name) != i:
-            raise ValueError(f"the vocabulary has a hole or a {name} of its own, so that the id of {name} is not free")
+            raise ValueError(f"the vocabulary has a hole, so that a new token cannot have the id {i} of {name}")
     return library.to_str()
 
 
@@ -351,7 +364,7 @@ def export(checkpoint: str, out: str, dtype: str = "bfloat16") -> None:
 
     Raises ValueError where `out` is there already or the vocabulary is not a base's.
     """
-    state, temporary = read_checkpoint(checkpoint), Path(f"{out}.{os.getpid()}.tmp")
+    state, temporary = read_checkpoint(checkpoint), Path(f"{Path(out)}.{os.getpid()}.tmp")
     if os.path.exists(out):
         raise ValueError(f"{out} is there already; give another folder, or delete it")
     if "spec" not in state["tokenizer"]:

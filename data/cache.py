@@ -26,7 +26,7 @@ from data.run import sha256_of, whole_file, write_whole
 from data.tokens import Tokenizer, tokens_of
 
 PART_BYTES = 2 ** 23        # of a corpus that a core tokenises at a time
-SOURCES = [Path(__file__).with_name(name) for name in ("cache.py", "corpus.py", "tokens.py")]
+SOURCES = [Path(__file__).with_name(name) for name in ("cache.py", "corpus.py", "tokens.py", "bases.py")]
 CODE = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES) + str(marshal.version).encode()).hexdigest()[:8]
 
 

@@ -73,7 +73,7 @@ def read_records(out: str) -> tuple[dict[str, dict], dict[str, list[dict]]]:
             best[name][figure] = max((record[figure] for record in records), key=lambda x: np.mean(x))
         for figure in ("nll", "nll_direct"):
             best[name][figure] = min((record[figure] for record in records),
-                                     key=lambda nll: mean(x for x in nll if x is not None))
+                                     key=lambda nll: (nll.count(None), mean(x for x in nll if x is not None)))
     return best, on_the_way
 
 

@@ -250,9 +250,11 @@ def trim_metrics(folder, step: int) -> None:
 
 
 def sha256_of(path) -> str:
-    """Of a file's content; of a folder, of the names and contents of the files in it."""
+    """Of a file's content; of a folder, of the checkpoint in it, else of the parts of an open base."""
     if os.path.isdir(path):
-        files = sorted(file for file in Path(path).iterdir() if file.is_file())
+        names = sorted(Path(path).glob("*.*"))
+        files = ([file for file in names if file.name == "ckpt.pt"]
+                 or [file for file in names if file.suffix in (".json", ".safetensors")])
         return hashlib.sha256("".join(file.name + sha256_of(file) for file in files).encode()).hexdigest()
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -222,7 +222,7 @@ def test_what_went_out_comes_in_again_with_its_markers(base, tmp_path):
     state = read_base(str(base))
     state["model"]["embedding.weight"][ROWS:ROWS + 6] = torch.arange(6.0)[:, None]      # as if they were trained
     checkpoint_of(state, tmp_path / "run")
-    export(str(tmp_path / "run"), str(tmp_path / "out"), "float32")
+    export(str(tmp_path / "run"), f"{tmp_path}/out/", "float32")
     again = read_base(str(tmp_path / "out"))
     assert again["tokenizer"]["text_ids"] == ROWS and again["model_config"] == state["model_config"]
     for name, weight in state["model"].items():
@@ -384,6 +384,11 @@ REFUSED = {
     "more heads": (lambda f: change(f, num_key_value_heads=3), "does not fit"),
     "more rows": (lambda f: change(f, vocab_size=341), "does not fit"),
     "half of llama3": (lambda f: change(f, rope_scaling={"rope_type": "llama3", "factor": 8}), "low_freq_factor"),
+    "no config at all": (lambda f: (f / "config.json").write_text("[]"), "no JSON object"),
+    "no tokenizer at all": (lambda f: (f / "tokenizer.json").write_text("[]"), "no JSON object"),
+    "an empty end": (lambda f: change(f, eos_token_id=[]), "eos_token_id"),
+    "an end that is spelled": (lambda f: change(f, eos_token_id="</s>"), "eos_token_id"),
+    "a negative end": (lambda f: change(f, eos_token_id=-1), "eos_token_id"),
     "an end beyond": (lambda f: change(f, eos_token_id=ROWS), f"names {ROWS} as eos_token_id"),
     "another depth": (lambda f: change(f, num_hidden_layers=3), "lacks model.layers.2"),
     "less depth": (lambda f: change(f, num_hidden_layers=1), "also has model.layers.1"),
@@ -419,13 +424,36 @@ def test_other_tensors_are_refused_by_name(extra, words, tmp_path):
         read_base(str(make_base(tmp_path / "base", **extra)))
 
 
-def test_a_tokenizer_with_a_hole_is_not_written(base, tmp_path, monkeypatch):
-    """Added tokens beyond the vocabulary are refused; a marker of the base's own too."""
+def test_added_tokens_out_of_place_are_refused(base):
+    """Those beyond the vocabulary, and markers that are not its last rows."""
     spec = json.loads((base / "tokenizer.json").read_text())
     spec["added_tokens"].append(spec["added_tokens"][-1] | {"id": ROWS, "content": "<|late|>"})
     (base / "tokenizer.json").write_text(json.dumps(spec))
     with pytest.raises(ValueError, match=f"has <.late.> as id {ROWS}"):
         read_base(str(base))
+
+
+def test_a_marker_of_the_bases_own_is_refused(base):
+    spec = json.loads((base / "tokenizer.json").read_text())
+    spec["added_tokens"].append(spec["added_tokens"][-1] | {"id": 320, "content": SOL})
+    (base / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(ValueError, match="markers of nanoBoLT as ids"):
+        read_base(str(base))
+
+
+def test_one_file_counts_before_an_old_index(base):
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "model-1-of-9.safetensors"}}))
+    assert read_base(str(base))["model_config"].layers == 2
+
+
+def test_older_spellings_of_a_tokenizer_are_read():
+    """Metaspace without a prepend_scheme; added tokens that strip white space do so no longer."""
+    spec = json.loads(sentence_piece(False).to_str())
+    spec["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "add_prefix_space": True}
+    spec["added_tokens"].append(spec["added_tokens"][-1] | {
+        "id": len(spec["model"]["vocab"]), "content": "<tool>", "special": False, "lstrip": True, "rstrip": True})
+    ours = BaseTokenizer(json.dumps(lossless(spec)), ROWS)
+    assert ours.decode(ours.encode("the  <tool>  cat")) == "the  <tool>  cat"
 
 
 def test_missing_packages_and_hub_names_end_in_one_line(base, tmp_path, monkeypatch):
@@ -484,6 +512,7 @@ def test_bolt_runs_from_a_base(restart, base, corpus, tmp_path, monkeypatch, cap
     export(str(out / "em/round_2"), str(tmp_path / "folder"))
     assert read_base(str(tmp_path / "folder"))["model_config"] == saved["model_config"]
     before = (out / "report.json").read_text()
+    (base / "README.md").write_text("a note beside the base changes no run")
     run_bolt(base, corpus, tmp_path / "run", "--restart", restart, "--keep_models", "last")      # nothing is made again
     assert (out / "report.json").read_text() == before
 

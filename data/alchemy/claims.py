@@ -108,7 +108,7 @@ def verdicts(records: dict[str, dict], num_latents: int) -> list[Verdict]:
     if len(rounds) == 1:
         return []
     first, last, found = rounds[0], rounds[-1], []
-    raws = [records[name] for name in ("raw_observed", "raw_m_step", "raw_total") if name in records]
+    raws = [records[name] for name in ("raw_observed", "raw_m_step", "raw_best", "raw_total") if name in records]
     if raws:
         found.append(beats("C1 latents beat raw text at every budget", [(last, raw, 3.0) for raw in raws]))
     if any(last["hidden"]):
