@@ -138,11 +138,11 @@ def rounds_table(records: dict[str, dict]) -> list[str]:
     return rows
 
 
-def difference(ours: list, theirs: list) -> str:
-    """Mean of ours - theirs over the documents that both have, and its standard error."""
-    pairs = [a - b for a, b in zip(ours, theirs) if a is not None and b is not None]
-    error = np.std(pairs, ddof=1) / len(pairs) ** 0.5 if len(pairs) > 1 else math.nan
-    return f"{mean(pairs):+.2f} ± {error:.2f}"
+def gain(ours: list, theirs: list) -> tuple[float, float]:
+    """Mean and standard error of ours - theirs, document by document, where both are there; nan where too few are."""
+    both = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
+    pairs = [float(a) - float(b) for a, b in both]
+    return mean(pairs), float(np.std(pairs, ddof=1) / len(pairs) ** 0.5) if len(pairs) > 1 else math.nan
 
 
 def paired_table(records: dict[str, dict], labels: dict[str, str]) -> list[str]:
@@ -156,8 +156,10 @@ def paired_table(records: dict[str, dict], labels: dict[str, str]) -> list[str]:
     for name, label in labels.items():
         if record := records.get(name):
             drawn = [record.get("drawn", {}).get(figure) for figure in ("ess", "unfinished")]
-            cells = [cell for figure in figures for cell in (f"{mean(x for x in record[figure] if x is not None):.2f}",
-                                                             difference(record[figure], last[figure]))]
+            cells = []
+            for figure in figures:
+                less, error = gain(record[figure], last[figure])
+                cells += [f"{mean(x for x in record[figure] if x is not None):.2f}", f"{less:+.2f} ± {error:.2f}"]
             cells += ["" if x is None else f"{x:.2f}" for x in drawn]
             lines.append(f"| {label} | {' | '.join(cells)} |")
     return lines

@@ -6,10 +6,8 @@ The claims are decided by rules that know no figures, also for other corpora, as
 """
 from dataclasses import dataclass
 
-import numpy as np
-
 from data.alchemy.world import World
-from data.report import mean, rounds_of, where_hidden
+from data.report import gain, mean, rounds_of, where_hidden
 
 
 # ---- what a model knows ----------------------------------------------------------------------------------------
@@ -58,13 +56,6 @@ class Verdict:
     claim: str
     shown: bool
     why: str
-
-
-def gain(ours: list, theirs: list) -> tuple[float, float]:
-    """Mean and standard error of ours - theirs, document by document, where both are there."""
-    both = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
-    pairs = np.array([float(a) - float(b) for a, b in both])
-    return float(pairs.mean()), float(pairs.std(ddof=1) / len(pairs) ** 0.5)
 
 
 def better(ours: list, theirs: list, errors: float = 3.0) -> tuple[bool, str]:
