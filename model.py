@@ -5,8 +5,11 @@
 Shapes: B rows, T positions, S slots of the KV cache, V vocabulary, E width, H heads, G key-value heads, D head size.
 Log-probabilities are float32 and in nats, whatever dtype the network computes in.
 """
+import copy
 import math
 import os
+import sys
+import zipfile
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
@@ -68,31 +71,31 @@ class GPTConfig(Shape):
 # ---- KV cache --------------------------------------------------------------------------------------------------
 
 class Prompts:
-    """Keys and values of prompts, (layer, prompt, kv head, slot, head dim): computed once, read by all that continue.
+    """Keys and values of prompts, computed once and read by all that continue them: `kept`, (2, layer, prompt, kv head,
+    slot, head dim).
 
     Slot = position. `lengths` (P,) is how many slots of a prompt count; what padding left in later ones is never seen.
     """
-    positions = None        # a prompt starts at position 0
 
     def __init__(self, config: GPTConfig, prompts: int, slots: int, device, dtype):
-        shape = (config.layers, prompts, config.kv_heads, slots, config.head_size)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (2, config.layers, prompts, config.kv_heads, slots, config.head_size)
+        self.kept = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(prompts, dtype=torch.long, device=device)
         self.first = 0          # of those that go through the model now
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention of whole prompts, whose keys and values are kept. q (P, H, T, D), k and v (P, G, T, D)."""
-        here = slice(self.first, self.first + len(k))
-        self.keys[layer, here, :, :k.shape[2]], self.values[layer, here, :, :k.shape[2]] = k, v
+        here, T = slice(self.first, self.first + len(k)), k.shape[2]
+        self.kept[0, layer, here, :, :T], self.kept[1, layer, here, :, :T] = k, v
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
-    def keep(self, used: np.ndarray) -> None:
-        """Bring these prompts, numbers in rising order, to the front."""
-        moved = np.flatnonzero(used != np.arange(len(used)))
-        for tensor, dim in ((self.keys, 1), (self.values, 1), (self.lengths, 0)):
-            to, source = (torch.from_numpy(numbers).to(tensor.device) for numbers in (moved, used[moved]))
-            tensor.index_copy_(dim, to, tensor.index_select(dim, source))
+    def only(self, used: np.ndarray) -> "Prompts":
+        """These prompts, numbers in rising order, as a copy; all of them as they are."""
+        if len(used) == len(self.lengths):
+            return self
+        some, numbers = copy.copy(self), torch.from_numpy(used).to(self.lengths.device)
+        some.kept, some.lengths = self.kept.index_select(2, numbers), self.lengths[numbers]
+        return some
 
 
 UNSEEN = -1e30      # the score of a slot that is not seen; finite, so that a prompt without slots weighs 0 and not nan
@@ -117,7 +120,7 @@ class Branches:
                                     row 2   x y          prompt 0
 
     All rows are of one age: what they read next goes into the same slots of all. Queries of a prompt's rows are brought
-    together (P prompts x R rows, padded), so that its keys and values are read once for all of them and never copied.
+    together (P prompts x R rows, padded), so that its keys and values are read once for all and copied for none.
     """
 
     def __init__(self, prompts: Prompts, owner: np.ndarray, slots: int = 0, fixed: bool = False):
@@ -126,83 +129,66 @@ class Branches:
 
         What is read should fill its memory: products of parts of it take four times as long in bfloat16 on a CPU.
         """
-        layers, _, kv_heads, _, head_size = prompts.keys.shape
-        self.prompts, self.prompt_slots, self.fixed = prompts, prompts.keys.shape[3], fixed
-        self.shape = (len(prompts.lengths), int(np.bincount(owner).max()))
-        self.keys = prompts.keys.new_zeros(layers, len(owner), kv_heads, slots, head_size)
-        self.values = torch.zeros_like(self.keys)
+        _, layers, count, kv_heads, self.prompt_slots, head_size = prompts.kept.shape
+        self.prompts, self.fixed, self.shape = prompts, fixed, (count, int(np.bincount(owner).max()))
+        self.kept = prompts.kept.new_zeros(2, layers, len(owner), kv_heads, slots, head_size)
         self.where_kept, self.starts_kept = prompts.lengths.new_zeros(2, len(owner))
         self.group(owner)
 
     def group(self, owner: np.ndarray) -> None:
-        """Find each row's place among P prompts x R rows."""
-        used, group, counts = np.unique(owner, return_inverse=True, return_counts=True)
-        number = np.empty_like(group)                                     # of a row among those of its prompt
-        number[group.argsort(kind="stable")] = np.arange(len(group)) - np.repeat(counts.cumsum() - counts, counts)
-        if self.fixed:
-            used, group = np.arange(self.shape[0]), owner
-        else:
-            self.shape = len(used), int(counts.max())
-        device, self.owner = self.keys.device, owner
-        self.used = slice(len(used)) if used[-1] == len(used) - 1 else torch.from_numpy(used).to(device)
+        """Find each row's place among P prompts x R rows; unless these are fixed, prompts without rows are left out."""
+        if not self.fixed:
+            used, owner = np.unique(owner, return_inverse=True)
+            self.prompts, self.shape = self.prompts.only(used), (len(used), int(np.bincount(owner).max()))
+        self.owner, by_prompt = owner, owner.argsort(kind="stable")
+        number = by_prompt.argsort() - np.searchsorted(owner[by_prompt], owner)     # of a row among those of its prompt
         # always in the same memory, where a recorded step looks for it
-        self.where = self.where_kept[:len(owner)].copy_(torch.from_numpy(group * self.shape[1] + number))
-        self.starts = self.starts_kept[:len(owner)].copy_(self.prompts.lengths[torch.from_numpy(owner).to(device)])
+        self.where = self.where_kept[:len(owner)].copy_(torch.from_numpy(owner * self.shape[1] + number))
+        self.starts = self.starts_kept[:len(owner)].copy_(self.prompts.lengths[owner])
 
     def at(self, slot: Tensor, tokens: int, own_slots: int) -> None:
         """Say that the next `tokens` of every row go to `slot` (1,) and after, and how many own slots to look at."""
         def bias(slots: int, seen: Tensor) -> Tensor:       # of the first `seen` of some slots
             return torch.where(torch.arange(slots, device=slot.device) < seen, 0.0, UNSEEN)
-        if 0 < self.keys.shape[3] < own_slots:
-            rows, room = len(self.starts), (0, 0, 0, own_slots - self.keys.shape[3])
-            self.keys, self.values = F.pad(self.keys[:, :rows], room), F.pad(self.values[:, :rows], room)
+        if 0 < self.kept.shape[4] < own_slots:
+            self.kept = F.pad(self.kept[:, :, :len(self.owner)], (0, 0, 0, own_slots - self.kept.shape[4]))
         self.new = slot + torch.arange(tokens, device=slot.device)                                    # (T,)
         self.positions, self.own_slots = self.starts[:, None] + self.new, own_slots                   # (B, T)
         self.own_bias = bias(own_slots, self.new[:, None] + 1)                                        # (T, So)
-        self.prompt_bias = bias(self.prompt_slots, self.prompts.lengths[self.used, None])[:, None, None]
+        self.prompt_bias = bias(self.prompt_slots, self.prompts.lengths[:, None])[:, None, None]
 
     def keep(self, alive: np.ndarray) -> np.ndarray:
         """Go on with the rows that are alive, (B,) bool, the last filling gaps; returns which row each place has."""
         count = int(alive.sum())
         order, free, moved = np.arange(count), np.flatnonzero(~alive[:count]), count + np.flatnonzero(alive[count:])
-        self.keys[:, free], self.values[:, free] = self.keys[:, moved], self.values[:, moved]
+        self.kept[:, :, free] = self.kept[:, :, moved]
         order[free] = moved
-        owner = self.owner[order]
-        if not self.fixed:
-            used, owner = np.unique(owner, return_inverse=True)
-            self.prompts.keep(used)
-        self.group(owner)
+        self.group(self.owner[order])
         return order
-
-    def own(self, kept: Tensor, new: Tensor) -> Tensor:
-        """Keys or values of the rows' own slots, (B, G, So, D), with those of new tokens, (B, G, T, D), put in."""
-        if not kept.shape[2]:
-            return new
-        kept[:len(new)].index_copy_(2, self.new, new)
-        return kept[:len(new), :, :self.own_slots]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of new tokens, q (B, H, T, D), k and v (B, G, T, D), to their prompts and to their own rows."""
         (B, H, T, D), G = q.shape, k.shape[1]
         q = (q * D ** -0.5).reshape(B, G, H // G * T, D)        # the queries of a kv head, so that it is not expanded
-        own_k, own_v = self.own(self.keys[layer], k), self.own(self.values[layer], v)                 # (B, G, So, D)
-        y, own_size = attend_to_part(q, own_k, own_v, self.own_bias.repeat(H // G, 1))                # (B, G, H/G T, D)
+        if self.kept.shape[4]:
+            for i, new in enumerate((k, v)):
+                self.kept[i, layer, :B].index_copy_(2, self.new, new)
+            k, v = self.kept[:, layer, :B, :, :self.own_slots]                                        # (B, G, So, D)
+        y, own_size = attend_to_part(q, k, v, self.own_bias.repeat(H // G, 1))                        # (B, G, H/G T, D)
         if self.prompt_slots:
-            prompt_k, prompt_v = self.prompts.keys[layer, self.used], self.prompts.values[layer, self.used]
-            prompt_y, size = map(self.apart, attend_to_part(self.together(q), prompt_k, prompt_v, self.prompt_bias))
+            in_prompts = attend_to_part(self.together(q), *self.prompts.kept[:, layer], self.prompt_bias)
+            prompt_y, size = map(self.apart, in_prompts)
             y = torch.lerp(y, prompt_y, torch.sigmoid(size - own_size).to(y.dtype))
         return y.view(B, H, T, D)
 
     def together(self, x: Tensor) -> Tensor:
         """(B, G, N, D) of rows -> (P, G, R N, D) of prompts, zero where a prompt has fewer than R rows."""
-        (P, R), (_, G, N, D) = self.shape, x.shape
-        padded = x.new_zeros(P * R, G, N, D).index_copy_(0, self.where, x)
-        return padded.view(P, R, G, N, D).transpose(1, 2).reshape(P, G, R * N, D)
+        padded = x.new_zeros(math.prod(self.shape), *x.shape[1:]).index_copy_(0, self.where, x)   # (P R, G, N, D)
+        return padded.unflatten(0, self.shape).transpose(1, 2).flatten(2, 3)
 
     def apart(self, x: Tensor) -> Tensor:
         """The inverse of `together`."""
-        (P, R), (_, G, RN, D) = self.shape, x.shape
-        return x.view(P, G, R, RN // R, D).transpose(1, 2).reshape(P * R, G, RN // R, D)[self.where]
+        return x.unflatten(2, (self.shape[1], -1)).transpose(1, 2).flatten(0, 1)[self.where]
 
 
 # ---- the network -----------------------------------------------------------------------------------------------
@@ -213,8 +199,8 @@ def rotary_table(config: GPTConfig) -> Tensor:
     frequencies = config.rope_base ** (-torch.arange(half, dtype=torch.float32) / half)
     if config.rope_factor != 1:
         turns = config.rope_original * frequencies / (2 * math.pi)
-        kept = ((turns - config.rope_low) / (config.rope_high - config.rope_low)).clamp(0, 1)
-        frequencies = frequencies * (kept + (1 - kept) / config.rope_factor)
+        share = ((turns - config.rope_low) / (config.rope_high - config.rope_low)).clamp(0, 1)     # that stays as it is
+        frequencies = frequencies * (share + (1 - share) / config.rope_factor)
     angles = torch.arange(config.context, dtype=torch.float32)[:, None] * frequencies
     return torch.stack([angles.cos().repeat(1, 2), torch.cat([-angles.sin(), angles.sin()], dim=-1)])
 
@@ -228,7 +214,7 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.heads, self.kv_heads, self.head_size, self.layer = config.heads, config.kv_heads, config.head_size, layer
+        self.head_size, self.layer = config.head_size, layer
         self.query = nn.Linear(config.width, config.heads * config.head_size, bias=config.qkv_bias)
         self.key = nn.Linear(config.width, config.kv_heads * config.head_size, bias=config.qkv_bias)
         self.value = nn.Linear(config.width, config.kv_heads * config.head_size, bias=config.qkv_bias)
@@ -237,16 +223,15 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | BlockMask | None,
                 cache: Prompts | Branches | None) -> Tensor:
         B, T, E = x.shape
-        q = rotate(self.query(x).view(B, T, self.heads, self.head_size).transpose(1, 2), rotary)      # (B, H, T, D)
-        k = rotate(self.key(x).view(B, T, self.kv_heads, self.head_size).transpose(1, 2), rotary)     # (B, G, T, D)
-        v = self.value(x).view(B, T, self.kv_heads, self.head_size).transpose(1, 2)                   # (B, G, T, D)
+        q, k, v = [project(x).view(B, T, -1, self.head_size).transpose(1, 2)                          # (B, H, T, D)
+                   for project in (self.query, self.key, self.value)]                                 # (B, G, T, D)
+        q, k, gqa = rotate(q, rotary), rotate(k, rotary), q.shape[1] != k.shape[1]
         if cache is not None:
             y = cache.attend(self.layer, q, k, v)                                                     # (B, H, T, D)
         elif isinstance(mask, BlockMask):
-            y = flex_attention(q, k, v, block_mask=mask, enable_gqa=self.heads != self.kv_heads)
+            y = flex_attention(q, k, v, block_mask=mask, enable_gqa=gqa)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                               enable_gqa=self.heads != self.kv_heads)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -344,9 +329,8 @@ class GPT(nn.Module):
         if T > self.config.context:
             raise ValueError(f"{T} tokens do not fit the context of {self.config.context}; raise --model.context")
         mask = None if document is None else packed_mask(document, self.config.head_size)
-        if cache is None or cache.positions is None:
-            rotary = self.rotary[:, :T]                                                               # (2, T, D)
-        else:
+        rotary = self.rotary[:, :T]                                                                   # (2, T, D)
+        if isinstance(cache, Branches):
             positions = cache.positions.clamp(max=self.config.context - 1)      # beyond it stands padding only
             rotary = self.rotary[:, positions][:, :, None]                                            # (2, B, 1, T, D)
         x = self.embedding(ids)                                                                       # (B, T, E)
@@ -406,16 +390,18 @@ class GPT(nn.Module):
 
 # ---- checkpoint ------------------------------------------------------------------------------------------------
 
-def save_checkpoint(path: str, model: GPT, **state) -> None:
-    """Write model, its config and whatever a resume needs; whole or not at all (temporary name, then rename)."""
-    temporary = f"{path}.tmp"
-    try:
-        torch.save({"model_config": asdict(model.config), "model": model.state_dict(), **state}, temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise
+def unshared(value):
+    """The same value, of which no part is one object by chance: pickle would write that as a reference."""
+    if isinstance(value, dict):
+        return {unshared(key): unshared(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(unshared, value))
+    return sys.intern(value) if type(value) is str else value
+
+
+def save_checkpoint(file, model: GPT, **state) -> None:
+    """Write model, its config and whatever a resume needs to an open file: the same bytes for the same values."""
+    torch.save(unshared({"model_config": asdict(model.config), "model": model.state_dict(), **state}), file)
 
 
 def checkpoint_path(path: str) -> str:
@@ -427,12 +413,15 @@ def read_checkpoint(path: str) -> dict:
     """What `save_checkpoint` wrote, with "model_config" and "model". All tensors stay on the disk until they are used.
 
     path: a checkpoint, or the run folder that holds it. Raises FileNotFoundError where there is no file, ValueError
-    where it is not a checkpoint of this project.
+    where it is not a checkpoint of this project, or a byte of it is not what was written.
     """
     path = checkpoint_path(path)
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"no checkpoint at {path!r}; make one: python train.py --out {os.path.dirname(path)}")
+        raise FileNotFoundError(f"no checkpoint at {path!r}; give a run folder of train.py, which writes one (an open "
+                                "base goes in by train.py --init_from)")
     try:
+        if broken := zipfile.ZipFile(path).testzip():
+            raise ValueError(f"{broken} was changed")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         state["model_config"], state["model"] = GPTConfig(**state["model_config"]), dict(state["model"])
     except Exception as error:

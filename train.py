@@ -15,23 +15,27 @@ import itertools
 import math
 import os
 import shutil
+import signal
 import time
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
-from typing import Callable, Literal
+from typing import Callable, Iterable, Literal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # a Ctrl-C ends the imports too, of which numpy's would lose it
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from data.alchemy.prepare import prepare as make_embedded
-from data.cache import Source, TokenizedCorpus, open_source, vocabulary
-from data.layout import LATENT, MARKER, TEXT, Layout
+from data.cache import TokenizedCorpus, open_source, tokenizer_of_corpora
+from data.corpus import chunk_cap
+from data.layout import LATENT, TEXT, Layout
 from data.loader import Position, Recipe, StepBatch, collate, epoch_rows, training_batches
-from data.run import (Ranks, append_metrics, choose_dtype, choose_once, open_run, option, parse_config, script,
-                      sha256_of, start_ranks, trim_metrics)
-from data.tokens import Tokenizer, tokenizer_from, tokenizer_of
+from data.run import (Log, Ranks, choose_dtype, hold_early, open_run, option, parse_config, script, sha256_of,
+                      start_ranks, whole_file)
+from data.tokens import Tokenizer, is_of_base
 from model import GPT, GPTConfig, Shape, checkpoint_path, read_checkpoint, restore, save_checkpoint
 
 
@@ -44,31 +48,32 @@ COMPILE_FROM = {"cuda": 0.0, "cpu": 3e14}      # FLOPs of a run in which torch.c
 @dataclass(frozen=True)
 class TrainConfig(Recipe):
     steps: int = option(300, "optimizer steps", above=0)
-    epochs: float = option(0.0, "passes over the documents, instead of --steps; 0: as many steps as --steps says")
-    micro_batch_rows: int = option(0, "rows that go through the model at once on a process; 0: all of them", above=-1)
-    recompute: bool = option(False, "compute each block again for its gradient: less memory, a third more time")
+    epochs: float = option(0.0, "passes over the documents, instead of --steps; 0: as many steps as --steps says",
+                           at_least=0)
+    micro_batch_rows: int = option(0, "rows that go through the model at once on a process; 0: all of them", at_least=0)
+    recompute: bool = option(False, "compute each block again for its gradient: less memory, a third more time",
+                             how=True)
     optimizer: Literal["auto", "muon", "adamw"] = option(
         "auto", "of the matrices of the blocks, all other weights have AdamW; auto: muon, and adamw from an open base")
-    learning_rate: float = option(0.0, "peak of AdamW's learning rate; 0: 3e-3, and 1e-4 from an open base")
-    muon_learning_rate: float = option(0.015, "peak of Muon's", above=0)
+    learning_rate: float | Literal["auto"] = option(
+        "auto", "peak of AdamW's learning rate; auto: 3e-3, and 1e-4 from an open base", above=0, at_most=10)
+    muon_learning_rate: float = option(0.015, "peak of Muon's", above=0, at_most=10)
     schedule: Literal["wsd", "cosine", "constant"] = option(
         "wsd", "after the warm-up; wsd: constant, then down to zero; cosine: to zero")
-    warmup: float = option(0.05, "share of the steps in which the learning rate rises", above=0)
-    decay: float = option(0.5, "share of the steps, at the end, in which wsd falls", above=0)
-    weight_decay: float = option(0.1, "of the matrices")
+    warmup: float = option(0.05, "share of the steps in which the learning rate rises", above=0, at_most=1)
+    decay: float = option(0.5, "share of the steps, at the end, in which wsd falls", above=0, at_most=1)
+    weight_decay: float = option(0.1, "of the matrices", at_least=0, at_most=10)
     clip: float = option(1.0, "largest norm of the gradient", above=0)
-    checkpoint_every: int = option(100, "steps between checkpoints, from which a killed run continues", above=0)
-    log_every: int = option(25, "steps between lines of the log", above=0)
+    keep: Literal["stable", "best", "both", "none"] = option(
+        "stable", "what stays beside ckpt.pt; stable: the state before the learning rate falls, from which a run of "
+        "more --steps goes on; best: the weights that are best on held-out text")
+    checkpoint_every: int = option(100, "steps between checkpoints, from which a killed run continues", above=0,
+                                  how=True)
+    log_every: int = option(25, "steps between lines of the log", above=0, how=True)
     compile: Literal["auto", "on", "off"] = option("auto", "torch.compile; auto: on CUDA, and on CPUs in long runs")
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "of the products; auto: bfloat16 on CUDA, and from width 192 on CPUs with units for it")
     model: Shape = option(Shape(context=0), "shape of a fresh model; of a base only --model.context may be set")
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("epochs", "learning_rate"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} {getattr(self, name)} is not allowed; give a number of at least 0")
 
 
 # ---- where a model starts --------------------------------------------------------------------------------------
@@ -88,7 +93,8 @@ def read_start(path: str, ranks: Ranks) -> dict | None:
 
 
 def settled(config: TrainConfig, start: dict | None) -> TrainConfig:
-    """The settings with the context of a model that starts there. Raises ValueError where they do not fit it."""
+    """The settings with what auto, and a context of 0, come to for a model that starts there. Raises ValueError where
+    they do not fit it. Weights of a base want small steps, and Muon's are all of one size."""
     context = start["model_config"].context if start else 256
     if start and replace(config.model, context=0) != Shape(context=0):
         raise ValueError("weights bring the shape of their model along; leave --model.* out, but for --model.context")
@@ -97,17 +103,10 @@ def settled(config: TrainConfig, start: dict | None) -> TrainConfig:
     context = config.model.context or context
     if config.row_tokens > context:
         raise ValueError(f"--row_tokens {config.row_tokens} exceeds the context of the model, {context}; lower it")
-    return replace(config, model=replace(config.model, context=context))
-
-
-def with_optimizer(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
-    """The settings with the optimizer that auto and the learning rate that 0 come to.
-
-    Weights of a base want small steps, and Muon's are all of one size.
-    """
-    optimizer, rate = ("adamw", 1e-4) if tokenizer.of_base else ("muon", 3e-3)
-    return replace(config, optimizer=optimizer if config.optimizer == "auto" else config.optimizer,
-                   learning_rate=config.learning_rate or rate)
+    optimizer, rate = ("adamw", 1e-4) if start and is_of_base(start["tokenizer"]) else ("muon", 3e-3)
+    return replace(config, model=replace(config.model, context=context),
+                   optimizer=optimizer if config.optimizer == "auto" else config.optimizer,
+                   learning_rate=rate if config.learning_rate == "auto" else config.learning_rate)
 
 
 def new_model(config: TrainConfig, start: dict | None, tokenizer: Tokenizer) -> GPT:
@@ -118,11 +117,11 @@ def new_model(config: TrainConfig, start: dict | None, tokenizer: Tokenizer) -> 
 
 
 def with_steps(config: TrainConfig, documents, layout: Layout) -> TrainConfig:
-    """The settings with the steps that --epochs come to, by the rows of the first epoch."""
+    """The settings with the steps that --epochs come to, by the rows of the first epoch, in their place."""
     if not config.epochs:
         return config
     rows = sum(1 for _ in epoch_rows(documents, layout, config))
-    return replace(config, steps=max(1, math.ceil(config.epochs * rows / config.rows)))
+    return replace(config, steps=max(1, math.ceil(config.epochs * rows / config.rows)), epochs=0.0)
 
 
 # ---- state -----------------------------------------------------------------------------------------------------
@@ -135,6 +134,9 @@ class TrainState:
     observed_tokens: int = 0        # targets that are observed text
     latent_tokens: int = 0          # targets that are thoughts
     position: tuple = (0, 0, 0)     # of the stream of rows, see `Position`
+    dtype: str = ""                 # these three as the run began, see `chosen`
+    compile: bool = False
+    warmup: int = 0
 
     def count(self, batch: StepBatch) -> None:
         self.tokens += batch.num_tokens
@@ -145,15 +147,22 @@ class TrainState:
 
 # ---- schedule and optimizer ------------------------------------------------------------------------------------
 
-def schedule(step: int, config: TrainConfig) -> float:
+def warmup_steps(config: TrainConfig) -> int:
+    return max(1, round(config.warmup * config.steps))
+
+
+def stable_steps(config: TrainConfig) -> int:
+    """How many steps are the same in a longer run: all before the learning rate falls."""
+    falls = {"wsd": max(1, round(config.decay * config.steps)), "constant": 0, "cosine": config.steps}
+    return config.steps - falls[config.schedule]
+
+
+def schedule(step: int, config: TrainConfig, warmup: int) -> float:
     """The share of the peak learning rate; `step` counts from 0. A linear warm-up, then the shape of --schedule."""
-    warmup, decay = max(1, round(config.warmup * config.steps)), max(1, round(config.decay * config.steps))
     rise = min(1.0, (step + 1) / warmup)
-    if config.schedule == "constant":
-        return rise
     if config.schedule == "cosine":
         return rise * (1 + math.cos(math.pi * max(0, step + 1 - warmup) / max(1, config.steps + 1 - warmup))) / 2
-    return min(rise, (config.steps - step) / decay)
+    return min(rise, (config.steps - step) / max(1, config.steps - stable_steps(config)))
 
 
 def nearest_orthogonal(matrices: Tensor, iterations: int = 5) -> Tensor:
@@ -179,10 +188,8 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, matrices: list[Tensor], lr: float, weight_decay: float, momentum: float = 0.95):
-        stacks: dict[torch.Size, list[Tensor]] = {}
-        for matrix in matrices:
-            stacks.setdefault(matrix.shape, []).append(matrix)
-        groups = [{"params": stack} for stack in stacks.values()]
+        shapes = dict.fromkeys(matrix.shape for matrix in matrices)
+        groups = [{"params": [matrix for matrix in matrices if matrix.shape == shape]} for shape in shapes]
         super().__init__(groups, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
     @torch.no_grad()
@@ -205,7 +212,7 @@ def make_optimizers(model: GPT, config: TrainConfig, device: torch.device) -> li
 
     Weight decay on matrices only. `base_lr` keeps the peak of each group for the schedule.
     """
-    assert config.optimizer != "auto" and config.learning_rate, "see with_optimizer"
+    assert "auto" not in (config.optimizer, config.learning_rate), "see settled"
     muon, matrices, vectors = [], [], []
     for name, weight in model.named_parameters():
         is_muon = config.optimizer == "muon" and name.startswith("blocks.") and weight.ndim == 2
@@ -228,7 +235,7 @@ class Forward:
 
     def __init__(self, model: GPT, dtype: str, compile: bool, ranks: Ranks):
         self.module = torch.compile(model, dynamic=False) if compile else model
-        self.module = DistributedDataParallel(self.module, broadcast_buffers=False) if ranks.world > 1 else self.module
+        self.module = DistributedDataParallel(self.module) if ranks.world > 1 else self.module
         self.autocast = torch.autocast(ranks.device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
         self.no_sync = self.module.no_sync if ranks.world > 1 else contextlib.nullcontext
 
@@ -257,14 +264,15 @@ def backward(forward: Forward, batch: StepBatch, micro_batch_rows: int, ranks: R
     return sums
 
 
-def train_step(model: GPT, forward: Forward, optimizers, batch: StepBatch, step: int, config: TrainConfig,
+def train_step(model: GPT, forward: Forward, optimizers, batch: StepBatch, rate: float, config: TrainConfig,
                ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """One update of the weights; returns the nll sums of `backward` and the norm of the gradient."""
+    """One update of the weights at a share of the peak learning rates; returns the nll sums of `backward` and the norm
+    of the gradient."""
     sums = backward(forward, batch, config.micro_batch_rows, ranks)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * schedule(step, config)
+            group["lr"] = group["base_lr"] * rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return sums, norm
@@ -275,35 +283,41 @@ def train_step(model: GPT, forward: Forward, optimizers, batch: StepBatch, step:
 @torch.no_grad()
 def validate(forward: Forward, tokenizer: Tokenizer, documents, config: TrainConfig, ranks: Ranks,
              batch_rows: int = 16) -> dict:
-    """Nats per target of held-out documents laid out as `config` says, by kind, and bits per byte of the observed text;
-    nothing where that layout has no targets. With the coins of the first epoch, so that it is always the same measure.
+    """Nats per token of the text of held-out documents laid out as `config` says, and bits per byte of it; of their
+    thoughts too, where they have some. With the coins of the first epoch, so that it is always the same measure.
+
+    What markers cost is left out: after the text of a document without a thought, training has never shown the end.
     """
-    rows = epoch_rows(documents, Layout(tokenizer), config)
-    mine = (row for number, (row, _) in enumerate(rows) if number % ranks.world == ranks.rank)
-    sizes = torch.tensor([*tokenizer.sizes, *[0] * len(tokenizer.marker)])
-    sums = torch.zeros(7, dtype=torch.float64)      # nll and count of latent, text and marker targets; bytes of text
+    rows, sizes = epoch_rows(documents, Layout(tokenizer), config), torch.tensor(tokenizer.sizes)
+    mine = (row for row, _ in itertools.islice(rows, ranks.rank, None, ranks.world))
+    sums = torch.zeros(5, dtype=torch.float64)      # nll of text and latent targets, their counts, bytes of the text
     while rows_of_batch := list(itertools.islice(mine, batch_rows)):
         empty = [[]] * (batch_rows - len(rows_of_batch))        # one shape to compile
         batch = collate(rows_of_batch + empty, config.row_tokens)
         there = batch.to(ranks.device)
         nll = -forward(there.ids, there.targets, there.document)
-        kinds = [there.kinds == kind for kind in (LATENT, TEXT, MARKER)]
-        sums[:6] += torch.stack([(nll * kind).sum() for kind in kinds] + [kind.sum() for kind in kinds]).cpu()
-        sums[6] += sizes[batch.targets[batch.kinds == TEXT]].sum()
-    nll, counts, (text_bytes,) = ranks.sum(sums).tensor_split([3, 6])
-    if not counts.any():
-        return {}
-    names = ("val_nll_latent", "val_nll_text", "val_nll_marker")
-    per_kind = {name: (nll[i] / counts[i]).item() for i, name in enumerate(names) if counts[i]}
-    bits = {"val_bits_per_byte": (nll[1] / text_bytes).item() / math.log(2)} if text_bytes else {}
-    return {"val_loss": (nll.sum() / counts.sum()).item()} | per_kind | bits
+        kinds = [there.kinds == kind for kind in (TEXT, LATENT)]
+        sums[:4] += torch.stack([(nll * kind).sum() for kind in kinds] + [kind.sum() for kind in kinds]).cpu()
+        sums[4] += sizes[batch.targets[batch.kinds == TEXT]].sum()
+    text, latent, texts, latents, text_bytes = ranks.sum(sums).tolist()
+    figures = (("nll_text", text, texts, 1), ("bits_per_byte", text, text_bytes, math.log(2)),
+               ("nll_latent", latent, latents, 1))
+    return {name: nll / count / unit for name, nll, count, unit in figures if count}
 
 
 # ---- log -------------------------------------------------------------------------------------------------------
 
-LINE = {"loss": "loss {:.3f}", "nll_text": "text {:.3f}", "nll_latent": "latent {:.3f} nats/token",
-        "grad_norm": "grad {:.2f}", "learning_rate": "lr {:.1e}", "tokens_per_second": "{:,.0f} tok/s",
-        "waiting": "data {:.0%}", "mfu": "mfu {:.1%}", "memory_gib": "{:.1f} GiB"}
+LINE = {"loss": "loss {:.3f}", "nll_text": "text {:.3f} nats/token", "nll_latent": "latent {:.3f}",
+        "bits_per_byte": "{:.3f} bits/byte", "grad_norm": "grad {:.2f}", "learning_rate": "lr {:.1e}",
+        "tokens_per_second": "{:,.0f} tok/s", "waiting": "data {:.0%}", "mfu": "mfu {:.1%}",
+        "memory_gib": "{:.1f} GiB"}
+
+
+def check_finite(tensors: Iterable[Tensor], what: str) -> None:
+    """Raise ValueError, which says what, where a number is not finite: of such a run nothing is saved."""
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        raise ValueError(f"{what}; ckpt.pt, if there, is of the steps before; lower --learning_rate, with another "
+                         "--out")
 
 
 class Meter:
@@ -327,100 +341,122 @@ class Meter:
 
     def record(self, step: int, learning_rate: float) -> dict:
         """The means since the last record, nats over all ranks. Raises ValueError where they are not finite."""
-        norm = torch.stack(self.norms).mean().item()
-        latent, text, loss = (self.ranks.sum(self.sums).cpu() / self.counts.clamp(min=1)).tolist()
-        seconds = time.perf_counter() - self.since
-        if not math.isfinite(loss + norm):
-            raise ValueError(f"loss or gradient is not a number in steps {step - len(self.norms) + 1} to {step}; "
-                             "ckpt.pt, if there, is of the steps before; lower --learning_rate, with another --out")
+        norm, means = torch.stack(self.norms).mean(), self.ranks.sum(self.sums).cpu() / self.counts.clamp(min=1)
+        check_finite([norm, means], f"loss or gradient is not a number in steps {step - len(self.norms) + 1} to {step}")
+        (latent, text, loss), seconds = means.tolist(), time.perf_counter() - self.since
         speed = self.tokens / seconds
-        record = {"step": step, "loss": loss, "nll_text": text, "nll_latent": latent, "grad_norm": norm,
+        record = {"loss": loss, "nll_text": text, "nll_latent": latent, "grad_norm": norm.item(),
                   "learning_rate": learning_rate, "tokens_per_second": speed, "waiting": self.waited / seconds}
         if self.peak:
             record |= {"mfu": speed * self.flops / self.peak / self.ranks.world,
                        "memory_gib": torch.cuda.max_memory_allocated(self.ranks.device) / 2 ** 30}
         absent = [name for name, count in zip(("nll_latent", "nll_text"), self.counts) if not count]
-        self.clear()
         return {name: value for name, value in record.items() if name not in absent}
 
 
 # ---- train -----------------------------------------------------------------------------------------------------
 
-def resume(path: str, model: GPT, optimizers, tokenizer: Tokenizer) -> TrainState:
+def read_resume(folder: str, config: TrainConfig) -> dict | None:
+    """The checkpoint from which a run goes on; None where it begins. That of a run of fewer steps counts only as far as
+    the learning rate did not fall. Raises ValueError where there is none such."""
+    paths = [os.path.join(folder, name) for name in ("ckpt.pt", "stable.pt")]
+    if not os.path.exists(paths[0]):
+        return None
+    for saved in map(read_checkpoint, filter(os.path.exists, paths)):
+        not_fallen = saved["state"]["step"] <= stable_steps(replace(config, steps=saved["steps"]))
+        if saved["steps"] == config.steps or not_fallen and saved["optimizers"]:
+            return saved
+    if config.schedule == "cosine":
+        raise ValueError(f"{folder} is of --steps {saved['steps']}, from which the learning rate of --schedule cosine "
+                         f"follows at every step; give another --out for {config.steps}")
+    raise ValueError(f"{folder} was trained for {saved['steps']} steps and without --keep stable; give another "
+                     f"--out for {config.steps}")
+
+
+def chosen(config: TrainConfig, model: GPT, ranks: Ranks) -> dict:
+    """The dtype of the products, whether to compile (by hardware and size alone) and the steps of the warm-up."""
+    flops = config.steps * config.batch_tokens * model.training_flops(config.row_tokens)
+    worth = config.compile == "auto" and flops >= COMPILE_FROM.get(ranks.device.type, math.inf)
+    if worth and ranks.device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+        ranks.say("not compiled: there is no g++ or clang++")
+        worth = False
+    dtype = choose_dtype(config.dtype, model.config.width, ranks.device)
+    return {"dtype": dtype, "compile": worth or config.compile == "on", "warmup": warmup_steps(config)}
+
+
+def resume(folder: str, config: TrainConfig, model: GPT, optimizers, tokenizer: Tokenizer, ranks: Ranks) -> TrainState:
     """Put a checkpoint's weights into model and optimizers; how far it was, or a new state where there is none."""
-    if not os.path.exists(path):
-        return TrainState()
-    saved = read_checkpoint(path)
+    saved, fresh = read_resume(folder, config), ranks.from_main(lambda: chosen(config, model, ranks))
+    if not saved:
+        return TrainState(**fresh)
     for what, ours in (("model_config", model.config), ("tokenizer", tokenizer.state())):
         if saved[what] != ours:
-            raise ValueError(f"{path} is of another {what}; give another --out")
+            raise ValueError(f"{folder}/ckpt.pt is of another {what}; give another --out")
+    if not saved["state"].get("dtype"):
+        raise ValueError(f"{folder}/ckpt.pt is of an older version, which did not keep its dtype; give another --out")
     model.load_state_dict(saved["model"])
     for optimizer, saved_optimizer in zip(optimizers, saved["optimizers"]):       # none in that of a finished run
         optimizer.load_state_dict(saved_optimizer)
     return TrainState(**saved["state"])
 
 
-def check_weights(model: GPT, step: int) -> None:
-    """Raise ValueError where weights are not finite: such ones are never saved. Alike on all ranks."""
-    if not all(bool(weight.isfinite().all()) for weight in model.parameters()):
-        raise ValueError(f"weights are not numbers after step {step}; ckpt.pt, if there, is of the steps before; lower "
-                         "--learning_rate, with another --out")
+def is_stable(state: TrainState, config: TrainConfig) -> bool:
+    """Whether this is the state from which a longer run may go on, and is to be kept."""
+    return state.step == stable_steps(config) and config.keep in ("stable", "both")
 
 
-def chosen(config: TrainConfig, model: GPT, folder: str, ranks: Ranks) -> dict:
-    """The dtype of the products and whether to compile, as the run in this folder began: by hardware and size alone."""
-    flops = config.steps * config.batch_tokens * model.training_flops(config.row_tokens)
-    worth = flops >= COMPILE_FROM.get(ranks.device.type, math.inf)
-    if worth and ranks.device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
-        ranks.say("not compiled: there is no g++ or clang++")
-        worth = False
-    compile = worth if config.compile == "auto" else config.compile == "on"
-    dtype = choose_dtype(config.dtype, model.config.width, ranks.device)
-    return choose_once(folder, {"dtype": dtype, "compile": compile}, ranks)
+def save(folder: str, state: TrainState, config: TrainConfig, model: GPT, optimizers, tokenizer: Tokenizer,
+         rows: list[dict]) -> None:
+    """Write the checkpoints that are due: ckpt.pt, with the optimizers as long as the run goes on, and those of --keep,
+    by the rows of the log. They hold no time, path or device: the same run has the same bytes."""
+    *before, last = [row.get("nll_text", math.inf) if row["kind"] == "held-out" else math.inf for row in rows]
+    due = [("best.pt", False)] * (last < min(before, default=math.inf) and config.keep in ("best", "both"))
+    due += [("stable.pt", True)] * is_stable(state, config)
+    for name, goes_on in [*due, ("ckpt.pt", state.step < config.steps)]:
+        with whole_file(os.path.join(folder, name)) as file:
+            save_checkpoint(file, model, state=vars(state), steps=config.steps, tokenizer=tokenizer.state(),
+                            optimizers=[optimizer.state_dict() for optimizer in optimizers] if goes_on else [])
 
 
 def train(model: GPT, tokenizer: Tokenizer, documents, config: TrainConfig, folder: str, ranks: Ranks,
-          title: str = "train", at_checkpoint: Callable[[TrainState, Forward], None] = lambda state, forward: None,
+          title: str = "train", at_checkpoint: Callable[[TrainState, Forward], dict | None] = lambda *now: None,
           at_record: Callable[[dict], None] = lambda record: None) -> TrainState:
     """Train the model in place for config.steps steps, or what is left of them, keeping folder/ckpt.pt.
 
-    documents: a list of Document, or a TokenizedCorpus. at_checkpoint(state, forward) is called before a checkpoint is
-    saved, at_record(record) with what goes to metrics.jsonl. Raises ValueError where the loss is not a number.
+    documents: a list of Document, or a TokenizedCorpus. config: see `settled`. at_checkpoint(state, forward), called
+    before a checkpoint is saved, may give figures of held-out text; at_record(record) is called with every line of
+    metrics.jsonl. Raises ValueError where the loss is not a number.
     """
-    config, model.recompute = with_optimizer(config, tokenizer), config.recompute
-    path, optimizers = os.path.join(folder, "ckpt.pt"), make_optimizers(model, config, ranks.device)
-    state = resume(path, model, optimizers, tokenizer)
+    model.recompute, optimizers = config.recompute, make_optimizers(model, config, ranks.device)
+    state = resume(folder, config, model, optimizers, tokenizer, ranks)
     if ranks.sum(torch.tensor(state.step)) != ranks.world * state.step:
         raise ValueError(f"{folder} is not at the same step on every node; put --out on a shared disk")
-    if ranks.main:
-        trim_metrics(folder, state.step)
-    how = chosen(config, model, folder, ranks)
-    forward, meter = Forward(model, **how, ranks=ranks), Meter(model, config, how["dtype"], ranks)
+    forward, meter = Forward(model, state.dtype, state.compile, ranks), Meter(model, config, state.dtype, ranks)
+    if state.compile or state.dtype != "float32":
+        ranks.say(f"{title}: in {state.dtype}" + ", compiled" * state.compile)
     batches = training_batches(documents, Layout(tokenizer), config, Position(*state.position), ranks)
-    bar = tqdm(range(state.step + 1, config.steps + 1), desc=title, initial=state.step, total=config.steps, unit="step",
-               leave=False, disable=ranks.no_bar)
-    for state.step in bar:
-        start = time.perf_counter()
+    log, bar = Log(folder, state.step, ranks, at_record), ranks.bar(config.steps, title, done=state.step)
+    for state.step in range(state.step + 1, config.steps + 1):
+        start, rate = time.perf_counter(), schedule(state.step - 1, config, state.warmup)
         batch, waited = next(batches), time.perf_counter() - start
-        sums, norm = train_step(model, forward, optimizers, batch, state.step - 1, config, ranks)
+        sums, norm = train_step(model, forward, optimizers, batch, rate, config, ranks)
         state.count(batch)
         meter.add(batch, sums, norm, waited)
-        save = state.step % config.checkpoint_every == 0 or state.step == config.steps
-        if save or state.step % config.log_every == 0:
-            record = meter.record(state.step, config.learning_rate * schedule(state.step - 1, config))
-            bar.set_postfix_str(f"loss {record['loss']:.3f}")
-            if ranks.main:
-                append_metrics(folder, record)
-            at_record(record)
-        if save:
-            check_weights(model, state.step)
-            at_checkpoint(state, forward)
-            if ranks.main:
-                needed = [optimizer.state_dict() for optimizer in optimizers] if state.step < config.steps else []
-                save_checkpoint(path, model, optimizers=needed, state=vars(state), tokenizer=tokenizer.state(),
-                                config=asdict(config))
-            ranks.barrier()
+        bar.update()
+        due = state.step == config.steps or state.step % config.checkpoint_every == 0 or is_stable(state, config)
+        if due or state.step % config.log_every == 0:
+            record = meter.record(state.step, config.learning_rate * rate)
+            bar.set_postfix_str(f"loss {record['loss']:.3f}", refresh=False)
+            log.add("train", state.step, state.tokens, record)
+            if due:
+                check_finite(model.parameters(), f"weights are not numbers after step {state.step}")
+                if figures := at_checkpoint(state, forward):
+                    log.add("held-out", state.step, state.tokens, figures)
+                if ranks.main:
+                    save(folder, state, config, model, optimizers, tokenizer, log.rows)
+                ranks.barrier()
             meter.clear()
+    bar.close()
     return state
 
 
@@ -428,14 +464,15 @@ def train(model: GPT, tokenizer: Tokenizer, documents, config: TrainConfig, fold
 
 @dataclass(frozen=True)
 class MainConfig(TrainConfig):
-    data: str = option("data/alchemy/gold.jsonl", "corpus to train on; the embedded one is made where it is missing")
+    data: str = option("data/alchemy/gold.jsonl", "corpus to train on; the embedded one is made where it is missing",
+                       how=True)
     held_out: str = option("auto", "corpus to validate on at each checkpoint; auto: held_out.jsonl beside --data, if "
-                                   "there; empty: none")
+                                   "there; empty: none", how=True)
     encoding: str = option("words", "tokens of the text: words, or an encoding of tiktoken such as gpt2")
     init_from: str = option("", "run folder, checkpoint or folder of an open base whose weights, shape and vocabulary "
-                                "to start from")
-    out: str = option("runs/train", "run folder: config.json, metrics.jsonl, ckpt.pt")
-    device: str = option("auto", "auto, cpu, cuda or mps")
+                                "to start from", how=True)
+    out: str = option("runs/train", "run folder: config.json, metrics.jsonl, ckpt.pt", how=True)
+    device: str = option("auto", "auto, cpu, cuda or mps", how=True)
 
     def __post_init__(self):
         super().__post_init__()
@@ -443,23 +480,20 @@ class MainConfig(TrainConfig):
             raise ValueError("--init_from brings its vocabulary along; leave --encoding out")
 
 
-def open_sources(config: MainConfig) -> list[Source]:
-    """The corpus to train on, and the one to validate on where there is one."""
+def open_corpora(config: MainConfig, start: dict | None) -> tuple[Tokenizer, list[TokenizedCorpus]]:
+    """The tokenizer of --init_from, or that of the corpora's vocabulary; the corpus to train on, and the one to
+    validate on where there is one.
+
+    Latents drawn by a model are ids of its vocabulary: to train on them, start from its checkpoint or its family's.
+    """
     if config.data == MainConfig().data and not os.path.exists(config.data):
         make_embedded(Path(config.data).parent)
     beside = str(Path(config.data).with_name("held_out.jsonl"))
     held_out = (beside if os.path.exists(beside) else "") if config.held_out == "auto" else config.held_out
-    return [open_source(path) for path in (config.data, held_out) if path]
-
-
-def open_tokenizer(config: MainConfig, start: dict | None, sources: list[Source]) -> Tokenizer:
-    """The tokenizer of --init_from, or the vocabulary of the corpora.
-
-    Latents drawn by a model are ids of its vocabulary: to train on them, start from its checkpoint or its family's.
-    """
-    if start:
-        return tokenizer_from(start["tokenizer"])
-    return tokenizer_of(set().union(*(vocabulary(source, config.encoding) for source in sources)), config.encoding)
+    cap = chunk_cap(config.chunk_tokens, config.model.context)
+    sources = [open_source(path, cap) for path in (config.data, held_out) if path]
+    tokenizer = tokenizer_of_corpora(sources, config.encoding, start)
+    return tokenizer, [TokenizedCorpus(source, tokenizer) for source in sources]
 
 
 def validation_config(config: TrainConfig, state: TrainState) -> TrainConfig:
@@ -472,36 +506,32 @@ def validation_config(config: TrainConfig, state: TrainState) -> TrainConfig:
 def main(argv=None) -> None:
     config = parse_config(MainConfig(), argv, __doc__)
     ranks = start_ranks(config.device)
+    hold_early(config.out, ranks)
     start = read_start(config.init_from, ranks)
     config = settled(config, start)
     if not ranks.main:
         ranks.barrier()         # the main rank makes first what the others then find
-    sources = open_sources(config)
-    tokenizer = open_tokenizer(config, start, sources)
-    documents, *held_out = [TokenizedCorpus(source, tokenizer) for source in sources]
+    tokenizer, corpora = open_corpora(config, start)
     if ranks.main:
         ranks.barrier()
-    config = with_steps(with_optimizer(config, tokenizer), documents, Layout(tokenizer))
+    documents, *held_out = corpora
+    config = with_steps(config, documents, Layout(tokenizer))
     model = new_model(config, start, tokenizer).to(ranks.device)
-    open_run(config.out, config, ranks, data_sha256=" ".join(source.digest[:16] for source in sources),
+    open_run(config.out, config, ranks, ("steps",), before_growing=lambda: read_resume(config.out, config),
+             data_sha256=" ".join(corpus.source.digest[:16] for corpus in corpora),
              init_sha256=sha256_of(config.init_from)[:16] if start and ranks.main else "")
-    how = chosen(config, model, config.out, ranks)
     ranks.say(f"training {model.num_parameters():,} parameters on {len(documents):,} documents of {config.data}, "
-              f"{ranks.world} process(es) on {ranks.device}, in {how['dtype']}" + ", compiled" * how["compile"])
+              f"{ranks.world} process(es) on {ranks.device}")
 
-    def say(record: dict) -> None:
-        figures = [form.format(record[name]) for name, form in LINE.items() if name in record]
-        ranks.say("  ".join([f"step {record['step']}/{config.steps}", *figures]))
+    def say(row: dict) -> None:
+        where = f"step {row['step']}/{config.steps}" if row["kind"] == "train" else "  held-out:"
+        ranks.say("  ".join([where, *(form.format(row[name]) for name, form in LINE.items() if name in row)]))
 
-    def report_held_out(state: TrainState, forward: Forward) -> None:
-        for part in held_out:
-            record = validate(forward, tokenizer, part, validation_config(config, state), ranks)
-            figures = ", ".join(f"{name[4:]} {value:.3f}" for name, value in record.items())
-            ranks.say(f"  held-out: {figures or 'nothing to predict'}")
-            if ranks.main:
-                append_metrics(config.out, {"step": state.step, **record})
-    state = train(model, tokenizer, documents, config, config.out, ranks, at_checkpoint=report_held_out, at_record=say)
-    ranks.say(f"{config.out}/ckpt.pt: {state.step} steps, {state.tokens:,} tokens, {state.observed_tokens:,} observed")
+    def on_held_out(state: TrainState, forward: Forward) -> dict:
+        return validate(forward, tokenizer, *held_out, validation_config(config, state), ranks) if held_out else {}
+    state = train(model, tokenizer, documents, config, config.out, ranks, at_checkpoint=on_held_out, at_record=say)
+    ranks.say(f"{config.out}/ckpt.pt: {state.step} steps, {state.tokens:,} tokens, {state.observed_tokens:,} observed, "
+              f"in {state.dtype}")
 
 
 if __name__ == "__main__":

@@ -8,102 +8,111 @@ Needs `pip install safetensors tokenizers`. What is taken, what is refused, what
 """
 import argparse
 import json
+import math
 import os
 import re
 import shutil
-import sys
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache, cached_property
 from itertools import groupby
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from data.tokens import BOS, EOL, EOS, MARKERS, PRIOR, SOL, Marked
+from data.run import OneLineParser, naming_the_file, one_line, script
+from data.tokens import BOS, EOL, EOS, MARKERS, PRIOR, SOL, Marked, is_of_base
 from model import GPT, GPTConfig, read_checkpoint
 
 
 def packages():
-    """The optional packages of this door, (safetensors, tokenizers). Raises ValueError where one is missing."""
+    """The optional packages of this door, (safetensors, tokenizers). Raises ImportError where one is missing."""
     try:
         import safetensors.torch
         import tokenizers
     except ImportError as error:
-        raise ValueError(f"open bases need {error.name}: pip install safetensors tokenizers") from None
+        raise ImportError(f"open bases need {error.name}: pip install safetensors tokenizers") from None
     return safetensors, tokenizers
 
 
-def read_json(path: Path) -> dict:
+def refuse(what, *reasons: tuple) -> None:
+    """Raises ValueError with the first of some (whether it holds, why) that holds."""
+    for holds, why in reasons:
+        if holds:
+            raise ValueError(f"{what} {why}")
+
+
+def kinds_in(folder: Path) -> str:
+    return ", ".join(sorted({f"*{file.suffix}" for file in folder.glob("*.*")})) or "nothing"
+
+
+def read_json(file: Path) -> dict:
     """Raises ValueError, FileNotFoundError."""
-    if not path.is_file():
-        others = ", ".join(sorted({f"*{other.suffix}" for other in path.parent.glob("*.*")})) or "nothing"
-        raise FileNotFoundError(f"{path.parent} has no {path.name}, but {others}; nanoBoLT takes what transformers"
-                                " saves: config.json, model.safetensors and tokenizer.json")
+    if not file.is_file():
+        raise FileNotFoundError(f"{file.parent} has no {file.name}, but {kinds_in(file.parent)}; nanoBoLT takes what "
+                                "transformers saves: config.json, model.safetensors and tokenizer.json")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
         content = None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is no JSON object; download it again")
+    refuse(file, (not isinstance(content, dict), "is no JSON object; download it again"))
     return content
 
 
 # ---- configuration ---------------------------------------------------------------------------------------------
 
-PLAIN = {"hidden_act": "silu", "quantization_config": None, "use_sliding_window": False, "partial_rotary_factor": 1,
-         "rope_interleaved": False}         # what a GPT of ours does; no config may say otherwise
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+PLAIN = {"hidden_act": "silu", "quantization_config": None, "use_sliding_window": False, "sliding_window": None,
+         "partial_rotary_factor": 1, "rope_interleaved": False}     # what our GPT does; no config may say otherwise
+SHAPE = {"context": "max_position_embeddings", "layers": "num_hidden_layers", "width": "hidden_size",
+         "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim",
+         "ffn": "intermediate_size", "norm_eps": "rms_norm_eps", "rope_base": "rope_theta"}     # our name and theirs
+ROPE = {"rope_factor": "factor", "rope_low": "low_freq_factor", "rope_high": "high_freq_factor",
+        "rope_original": "original_max_position_embeddings"}
 
 
-def config_of(source: dict, path: Path) -> dict:
-    """The fields of a GPTConfig that a config.json gives. Raises ValueError for what this GPT does not do."""
-    def needed(name: str, part: dict = source):
-        if part.get(name) is None:
-            raise ValueError(f"{path} lacks {name}; is it the config.json of a model?")
-        return part[name]
-    kind, plain = source.get("model_type"), dict(PLAIN)
-    if kind not in FAMILIES:
-        raise ValueError(f"{path} is of model_type {kind}; nanoBoLT takes {' and '.join(FAMILIES)}")
-    if kind == "llama":
-        plain["sliding_window"] = None
-    rope = (source.get("rope_scaling") or {}) | (source.get("rope_parameters") or {})
-    for name, value in plain.items():
-        if (source.get(name) or value) != value:
-            raise ValueError(f"{path} has {name} {source[name]}; nanoBoLT takes folders without that")
-    width, heads, head_dim = needed("hidden_size"), needed("num_attention_heads"), source.get("head_dim") or 0
-    fields = {"context": needed("max_position_embeddings"), "layers": needed("num_hidden_layers"), "width": width,
-              "heads": heads, "ffn": needed("intermediate_size"), "vocab_size": needed("vocab_size"),
-              "kv_heads": source.get("num_key_value_heads") or heads,
-              "head_dim": head_dim if head_dim != width / heads else 0, "norm_eps": source.get("rms_norm_eps") or 1e-6,
-              "rope_base": float(rope.get("rope_theta") or source.get("rope_theta") or 10000.0),
-              "qkv_bias": kind == "qwen2"}
+def config_of(source: dict, path: Path) -> GPTConfig:
+    """What a config.json says of a model. Raises ValueError for what this GPT does not do."""
+    def fits(value, whole: bool) -> bool:
+        return type(value) is int if whole else type(value) in (int, float) and 0 < value < math.inf
+    kind, rope = source.get("model_type"), {}
+    for part in (source.get("rope_scaling") or {}, source.get("rope_parameters") or {}):
+        refuse(path, (not isinstance(part, dict), f"has rope scaling {part}; nanoBoLT takes llama3's, or none"))
+        rope |= part
     scaling = rope.get("rope_type") or rope.get("type") or "default"
-    if scaling == "llama3":
-        names = {"rope_factor": "factor", "rope_low": "low_freq_factor", "rope_high": "high_freq_factor",
-                 "rope_original": "original_max_position_embeddings"}
-        fields |= {ours: needed(name, rope) for ours, name in names.items()}
-    elif scaling != "default":
-        raise ValueError(f"{path} has rope scaling {scaling}; nanoBoLT takes llama3's, or none")
-    return fields
+    defaults = {"num_key_value_heads": source.get("num_attention_heads"), "head_dim": 0, "rms_norm_eps": 1e-6,
+                "rope_theta": 10000}
+    given = defaults | {name: value for name, value in (source | rope).items() if value or name not in defaults}
+    names = SHAPE | {"vocab_size": "vocab_size"} | (ROPE if scaling == "llama3" else {})
+    types = {field.name: field.type for field in fields(GPTConfig)}
+    missing = [theirs for ours, theirs in names.items() if not fits(given.get(theirs), types[ours] is int)]
+    layers = [layer for layer in source.get("layer_types") or [] if layer != "full_attention"]
+    other = [f"{name} {given[name]}" for name, plain in PLAIN.items() if (given.get(name) or plain) != plain
+             and (kind, name) != ("qwen2", "sliding_window")]       # of Qwen2, use_sliding_window says if it counts
+    refuse(path,
+           (kind is None and "config" in source, "is of a run of nanoBoLT that has no ckpt.pt yet; let it train first"),
+           (kind not in [*FAMILIES], f"is of model_type {kind}; nanoBoLT takes {' and '.join(FAMILIES)}"),
+           (other, f"has {', '.join(other)}; nanoBoLT takes folders without that"),
+           (layers, f"has layers of {layers[:1]}; nanoBoLT takes full attention alone"),
+           (missing, f"lacks a number that can be {', '.join(missing)}; is it the config.json of a model?"),
+           (scaling not in ("default", "llama3"), f"has rope scaling {scaling}; nanoBoLT takes llama3's, or none"))
+    values = {ours: given[theirs] for ours, theirs in names.items()}
+    values |= {"rope_base": float(values["rope_base"]), "qkv_bias": kind == "qwen2",
+               "head_dim": 0 if values["head_dim"] * values["heads"] == values["width"] else values["head_dim"]}
+    try:
+        return GPTConfig(**values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
-def ids_of_ends(tokenizer: "BaseTokenizer") -> dict:
-    return {"bos_token_id": tokenizer.marker[BOS], "eos_token_id": tokenizer.marker[EOS],
-            "pad_token_id": tokenizer.marker[EOS]}
-
-
-def config_for(config: GPTConfig, tokenizer: "BaseTokenizer") -> dict:
+def config_for(config: GPTConfig) -> dict:
     """The config.json of a model of ours: the inverse of `config_of`."""
-    rope = {"rope_type": "llama3", "factor": config.rope_factor, "low_freq_factor": config.rope_low,
-            "high_freq_factor": config.rope_high, "original_max_position_embeddings": config.rope_original}
-    kind = "qwen2" if config.qkv_bias else "llama"
+    kind, values = "qwen2" if config.qkv_bias else "llama", asdict(config) | {"head_dim": config.head_size}
+    rope = {"rope_type": "llama3"} | {theirs: values[ours] for ours, theirs in ROPE.items()}
     return {"architectures": [FAMILIES[kind]], "model_type": kind, "hidden_act": "silu",
-            "max_position_embeddings": config.context, "num_hidden_layers": config.layers, "hidden_size": config.width,
-            "num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads, "head_dim": config.head_size,
-            "intermediate_size": config.ffn, "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_base,
-            "rope_scaling": rope if config.rope_factor != 1 else None, "tie_word_embeddings": config.tied,
-            "vocab_size": tokenizer.vocab_size} | ids_of_ends(tokenizer)
+            **{theirs: values[ours] for ours, theirs in SHAPE.items()},
+            "rope_scaling": rope if config.rope_factor != 1 else None,
+            "tie_word_embeddings": config.tied, "vocab_size": config.vocab_size}
 
 
 # ---- tokenizer -------------------------------------------------------------------------------------------------
@@ -113,23 +122,19 @@ def lossless(spec: dict) -> dict:
 
     Nothing is put before a text, nothing is stripped, cut or padded; what a text is split into stays as it is.
     """
-    def walk(part):
-        if isinstance(part, list):
-            return [one for one in map(walk, part) if one is not None]
-        if not isinstance(part, dict):
-            return part
+    def kept(part: dict) -> dict | None:        # a step of the tokenizer, whose own steps are done
         if part.get("type") in ("Prepend", "Strip"):
             return None
-        part = {name: walk(value) for name, value in part.items()}
-        if part.get("type") == "Metaspace":
-            part.pop("add_prefix_space", None)
-            part["prepend_scheme"] = "never"
-        elif "add_prefix_space" in part:
+        if "add_prefix_space" in part:
             part["add_prefix_space"] = False
-        return part
-    edges = {name: walk(spec.get(name)) for name in ("normalizer", "pre_tokenizer", "decoder")}
+        if part.get("type") == "Metaspace":
+            part["prepend_scheme"] = "never"
+        return {name: [one for one in value if one is not None] if isinstance(value, list) else value
+                for name, value in part.items()}
+    steps = json.dumps({name: spec.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")})
     added = [token | {"lstrip": False, "rstrip": False} for token in spec.get("added_tokens") or []]
-    return spec | edges | {"added_tokens": added, "post_processor": None, "truncation": None, "padding": None}
+    return spec | json.loads(steps, object_hook=kept) | {
+        "added_tokens": added, "post_processor": None, "truncation": None, "padding": None}
 
 
 @dataclass(frozen=True)
@@ -137,10 +142,9 @@ class BaseTokenizer(Marked):
     """The tokenizer of a base: its tokenizer.json, see `lossless`; the markers follow the rows of its vocabulary."""
     spec: str
     text_ids: int
-    of_base = True
 
-    def __reduce__(self):
-        return BaseTokenizer, (self.spec, self.text_ids)       # to another process, without the library's object
+    def __reduce__(self):       # to another process, without the library's object, which it makes once
+        return one_tokenizer, (self.spec, self.text_ids)
 
     @cached_property
     def library(self):
@@ -157,14 +161,14 @@ class BaseTokenizer(Marked):
 
     @cached_property
     def sizes(self) -> list[int]:
-        """Bytes of every text id; a token that spells a byte, as <0x0A>, is one."""
+        """Bytes of every text id."""
         is_byte_level, added = "ByteLevel" in str(self.library.decoder), self.library.get_added_tokens_decoder()
 
         def size(i: int) -> int:
             token = self.library.id_to_token(i) or ""
             if is_byte_level and i not in added:
                 return len(token)               # a letter a byte
-            return 1 if re.fullmatch(r"<0x[0-9A-F]{2}>", token) else len(token.replace("▁", " ").encode())
+            return len(re.sub(r"^<0x[0-9A-F]{2}>\Z|▁", " ", token).encode())      # a spelled byte, and a space, is one
         return [size(i) for i in range(self.text_ids)]
 
     def encode(self, text: str) -> list[int]:
@@ -186,161 +190,164 @@ class BaseTokenizer(Marked):
         return {"spec": self.spec, "text_ids": self.text_ids}
 
 
-def open_tokenizer(folder: Path, rows: int) -> tuple[BaseTokenizer, bool]:
-    """The tokenizer of a base of so many rows, and whether our markers are its last, as in a folder that we wrote.
+@cache
+def one_tokenizer(spec: str, text_ids: int) -> BaseTokenizer:
+    return BaseTokenizer(spec, text_ids)
 
-    Raises ValueError where it has ids beyond the rows.
+
+def open_tokenizer(folder: Path, rows: int) -> BaseTokenizer:
+    """The tokenizer of a base of so many rows. Raises ValueError where it has ids beyond the rows.
+
+    In a folder that we wrote, our markers are the last of the rows.
     """
-    spec = lossless(read_json(folder / "tokenizer.json"))
+    file = folder / "tokenizer.json"
+    spec = lossless(read_json(file))
     markers = [token["id"] for token in spec["added_tokens"] if token["content"] in MARKERS]
-    ours = markers == list(range(rows - len(MARKERS), rows))
-    if markers and not ours:
-        raise ValueError(f"{folder}/tokenizer.json has markers of nanoBoLT as ids {markers}, not as the last of {rows} "
-                         "rows; give a folder as data/bases.py writes it")
-    if ours:
-        spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in MARKERS]
-    tokenizer = BaseTokenizer(json.dumps(spec, ensure_ascii=False), rows - len(MARKERS) * ours)
-    packages()
+    refuse(file, (markers and markers != list(range(rows - len(MARKERS), rows)),
+                  f"has markers of nanoBoLT as ids {markers}, not as the last of {rows} rows; give a folder as "
+                  "data/bases.py writes it"))
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in MARKERS]
+    tokenizer = BaseTokenizer(json.dumps(spec, ensure_ascii=False), rows - len(markers))
+    packages()      # whose own error is another
     try:
-        ids = tokenizer.library.get_vocab()
+        library = tokenizer.library
     except Exception as error:      # the library raises this and nothing narrower
-        raise ValueError(f"tokenizers does not read {folder}/tokenizer.json: {str(error).splitlines()[0]}") from None
-    ids |= {token["content"]: token["id"] for token in spec["added_tokens"]}
-    for token, i in ids.items():
-        if i >= tokenizer.text_ids or tokenizer.library.token_to_id(token) != i:
-            raise ValueError(f"{folder}/tokenizer.json has {token} as id {i}, which is none of the {rows} rows of its "
-                             "config.json or comes after a gap; they are of different models")
-    return tokenizer, ours
+        raise ValueError(f"tokenizers does not read {file}: {str(error).splitlines()[0]}") from None
+    ids = library.get_vocab() | {token["content"]: token["id"] for token in spec["added_tokens"]}
+    astray = [f"{token} as id {i}" for token, i in ids.items()
+              if i >= tokenizer.text_ids or library.token_to_id(token) != i]
+    spelled = [token for i in tokenizer.special if (token := library.id_to_token(i)) and i in tokenizer.encode(token)]
+    refuse(file, (astray, f"has {', '.join(astray[:3])}, which is none of the {rows} rows of its config.json or comes "
+                          "after a gap; they are of different models"),
+           (spelled, f"makes {', '.join(spelled[:3])} out of plain text, and text must not end a document; nanoBoLT "
+                     "takes tokenizers whose special tokens no text spells"))
+    return tokenizer
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------
 
-OUTER = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
-INNER = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
-         "attention.query": "self_attn.q_proj", "attention.key": "self_attn.k_proj",
-         "attention.value": "self_attn.v_proj", "attention.out": "self_attn.o_proj",
-         "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.out": "mlp.down_proj"}
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+NAMES = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head", "blocks": "model.layers",
+         "attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "attention": "self_attn",
+         "query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj", "gate": "gate_proj", "up": "up_proj",
+         "mlp.out": "mlp.down_proj"}        # our words and theirs
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+OF_VOCABULARY = ("embedding.weight", "head.weight")     # ours whose rows are ids
 
 
 def their_name(ours: str) -> str:
     """blocks.3.attention.query.weight -> model.layers.3.self_attn.q_proj.weight"""
-    module, kind = ours.rsplit(".", 1)
-    if not module.startswith("blocks."):
-        return f"{OUTER[module]}.{kind}"
-    _, layer, module = module.split(".", 2)
-    return f"model.layers.{layer}.{INNER[module]}.{kind}"
+    return re.sub(r"mlp\.out|\w+", lambda word: NAMES.get(word[0], word[0]), ours)
 
 
-def files_of(folder: Path) -> list[Path]:
-    """The files that hold the weights. Raises FileNotFoundError."""
-    index, files = folder / "model.safetensors.index.json", [folder / "model.safetensors"]
+def places_of(folder: Path) -> dict[str, tuple[Path, str]]:
+    """Where the tensors of a folder are: name -> file and the name there. Raises FileNotFoundError, ValueError."""
+    (safetensors, _), files, places = packages(), [folder / "model.safetensors"], {}
+    index = folder / "model.safetensors.index.json"
     if index.exists() and not files[0].exists():        # else it is an old one
         files = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))] or files
-    if missing := [file.name for file in files if not file.exists()]:
-        others = ", ".join(sorted({f"*{other.suffix}" for other in folder.glob("*.*")} - {".json"}))
-        raise FileNotFoundError(f"{folder} lacks {missing[0]}, and has {others}; download it whole, or save the model "
-                                "with transformers: model.save_pretrained(FOLDER)")
-    return files
-
-
-class Weights:
-    """The tensors of a folder by name, read one at a time, each file closed again, so that no memory stays mapped."""
-
-    def __init__(self, folder: Path):
-        self.place = {}         # name -> file and the name there
-        for file in files_of(folder):
-            with self.open(file) as opened:
-                self.place |= {name: (file, name) for name in opened.keys() if not name.endswith("rotary_emb.inv_freq")}
-
-    def open(self, file: Path):
-        safetensors, _ = packages()
+    for file in files:
+        if not file.exists():
+            raise FileNotFoundError(f"{folder} lacks {file.name}, and has {kinds_in(folder)}; download it whole, or "
+                                    "save the model with transformers: model.save_pretrained(FOLDER)")
         try:
-            return safetensors.safe_open(file, "pt")
-        except safetensors.SafetensorError as error:
+            with safetensors.safe_open(file, "pt") as opened:
+                places |= {name: (file, name) for name in opened.keys() if not name.endswith("rotary_emb.inv_freq")}
+        except (safetensors.SafetensorError, OSError) as error:
             raise ValueError(f"{file} is no whole safetensors file ({error}); download it again") from None
-
-    def into(self, name: str, there: Tensor) -> None:
-        """Copy a tensor to `there`, float32. Raises ValueError where it has another form."""
-        file, there_name = self.place[name]
-        with self.open(file) as opened:
-            tensor = opened.get_tensor(there_name)
-        if not tensor.is_floating_point() or tensor.shape != there.shape:
-            raise ValueError(f"{file} has {name} as {tensor.dtype} {list(tensor.shape)}, which does not fit "
-                             "its config.json; nanoBoLT takes no quantised weights")
-        there.copy_(tensor)
+    return places
 
 
-def tie(weights: Weights, wanted: bool, say) -> bool:
+def tie(places: dict, wanted: bool, say) -> bool:
     """Whether embedding and head are one: as config.json says, if the weights agree; one line where they do not."""
-    if EMBEDDING not in weights.place and HEAD in weights.place and wanted:
-        say(f"{HEAD} serves as the embedding too: config.json ties them, and there is no {EMBEDDING}")
-        weights.place[EMBEDDING] = weights.place.pop(HEAD)
-    elif wanted and weights.place.pop(HEAD, None):
-        say(f"{HEAD} is left aside: config.json ties it to the embedding")
-    elif not wanted and HEAD not in weights.place:
-        say(f"the embedding serves as {HEAD} too: config.json does not tie them, but there is none")
-        return True
-    return wanted
+    embedding, head = map(their_name, OF_VOCABULARY)
+    if not wanted and head not in places:
+        say(f"the embedding serves as {head} too: config.json does not tie them, but there is none")
+    elif wanted and head in places:
+        say(f"{head} is left aside: config.json ties it to the embedding" if embedding in places else
+            f"{head} serves as the embedding too: config.json ties them, and there is no {embedding}")
+        places.setdefault(embedding, places.pop(head))
+    return wanted or head not in places
 
 
-def fill_markers(rows: Tensor, text_ids: int, begin: int, end: int) -> None:
-    """Rows of fresh markers, in place: BOS starts as the base's first token of a text, EOS and EOL as its last, so that
-    a thought is ended from the first step on; the others near the mean."""
-    old, generator = rows[:text_ids], torch.Generator().manual_seed(0)
-    near_mean = old.mean(dim=0) + 0.1 * old.std() * torch.randn(len(MARKERS), rows.shape[1], generator=generator)
-    for number, marker in enumerate(MARKERS):
-        like = {BOS: begin, EOS: end, EOL: end}.get(marker)
-        rows[text_ids + number] = near_mean[number] if like is None else old[like]
+def read_into(there: Tensor, file: Path, name: str) -> None:
+    """Copy a tensor of a file to `there`, float32. Raises ValueError where it has another form."""
+    safetensors, _ = packages()
+    with safetensors.safe_open(file, "pt") as opened:       # for each anew, so that no memory stays mapped
+        tensor = opened.get_tensor(name)
+    refuse(file, (tensor.dtype not in DTYPES or tensor.shape != there.shape,
+                  f"has {name} as {tensor.dtype} {list(tensor.shape)}, which does not fit its config.json; nanoBoLT "
+                  "takes no quantised weights"))
+    is_finite = there.copy_(tensor).sum().isfinite()
+    refuse(file, (not is_finite, f"has numbers in {name} that are not finite; download it again"))
 
 
-def ends_of(source: dict, folder: Path, rows: int) -> tuple[int, int]:
-    """The base's first and last token of a text. Raises ValueError where it names none that it has."""
-    if source.get("eos_token_id") is None and (folder / "generation_config.json").exists():
-        source = read_json(folder / "generation_config.json")
-    begin, end = source.get("bos_token_id"), source.get("eos_token_id")
-    end = next(iter(end), None) if isinstance(end, list) else end
+def ends_of(source: dict, folder: Path, rows: int) -> dict[str, int]:
+    """The row that a marker starts from: BOS the base's first token of a text, EOS and EOL its last, so that a thought
+    is ended from the first step on. Raises ValueError where it names none that it has."""
+    file = folder / "generation_config.json"
+    if source.get("eos_token_id") is not None or not file.exists():
+        file = folder / "config.json"
+    begin, end = map(read_json(file).get, ("bos_token_id", "eos_token_id"))
+    end = next(iter(end), None) if isinstance(end, list) else end       # Llama 3 has several
     begin = end if begin is None else begin
-    if not all(isinstance(i, int) and 0 <= i < rows for i in (begin, end)):
-        raise ValueError(f"{folder}/config.json names {end} as eos_token_id and {begin} as bos_token_id, from whose "
-                         f"rows EOL and BOS start; give ids below {rows}")
-    return begin, end
+    refuse(file, (not all(type(i) is int and 0 <= i < rows for i in (begin, end)),
+                  f"names {end} as eos_token_id and {begin} as bos_token_id, from whose rows EOL and BOS start; give "
+                  f"ids below {rows}"))
+    return {BOS: begin, EOS: end, EOL: end}
+
+
+def fill_markers(weight: Tensor, rows: int, start: dict[str, int]) -> None:
+    """Rows of fresh markers after the first `rows`, in place; those without a row to start from are near the mean."""
+    old, generator = weight[:rows], torch.Generator().manual_seed(0)
+    near_mean = old.mean(dim=0) + 0.1 * old.std() * torch.randn(len(MARKERS), old.shape[1], generator=generator)
+    for new, marker, random in zip(weight[rows:], MARKERS, near_mean):
+        new.copy_(old[start[marker]] if marker in start else random)
+
+
+def read_folder(folder: Path, say) -> dict:
+    """See `read_base`."""
+    source = read_json(folder / "config.json")
+    config = config_of(source, folder / "config.json")
+    rows, tokenizer, places = config.vocab_size, open_tokenizer(folder, config.vocab_size), places_of(folder)
+    config = replace(config, vocab_size=tokenizer.vocab_size, padding=-tokenizer.vocab_size % 64,
+                     tied=tie(places, bool(source.get("tie_word_embeddings")), say))
+    with torch.device("meta"):
+        shapes = {name: weight.shape for name, weight in GPT(config, seed=None).named_parameters()}
+    theirs = {their_name(name) for name in shapes}
+    for what, names in (("lacks", theirs - places.keys()), ("also has", places.keys() - theirs)):
+        refuse(folder, (names, f"{what} {', '.join(sorted(names)[:3])} ({len(names)} in all); it is no plain "
+                               f"{source['model_type']} model, or not whole"))
+    fresh = tokenizer.text_ids == rows      # else the folder is one of ours, and has rows for the markers
+    start, model = ends_of(source, folder, rows) if fresh else {}, {}
+    for name, shape in shapes.items():
+        model[name], of_vocabulary = torch.zeros(shape), name in OF_VOCABULARY
+        read_into(model[name][:rows] if of_vocabulary else model[name], *places[their_name(name)])
+        if of_vocabulary and fresh:
+            fill_markers(model[name], rows, start)
+    if config.tied:
+        model["head.weight"] = model["embedding.weight"]
+    return {"model_config": config, "model": model, "tokenizer": tokenizer.state()}
 
 
 def read_base(path: str, say=print) -> dict:
     """A Hugging Face folder as `read_checkpoint` gives a checkpoint: model_config, model (float32), tokenizer.
 
-    Raises FileNotFoundError, ValueError for what is missing, not whole or not of the families that our GPT does.
+    Raises FileNotFoundError, ValueError for what is missing, not whole, not of the families that our GPT does, or of
+    another form than transformers gives it.
     """
-    folder = Path(path)
-    source = read_json(folder / "config.json")
-    fields = config_of(source, folder / "config.json")
-    rows = fields["vocab_size"]
-    tokenizer, has_markers = open_tokenizer(folder, rows)
-    weights = Weights(folder)
-    tied = tie(weights, bool(source.get("tie_word_embeddings")), say)
-    fields |= {"vocab_size": tokenizer.vocab_size, "padding": -tokenizer.vocab_size % 64, "tied": tied}
-    config = GPTConfig(**fields)
-    with torch.device("meta"):
-        shapes = {name: weight.shape for name, weight in GPT(config, seed=None).named_parameters()}
-    theirs = {their_name(name): name for name in shapes}
-    for what, names in (("lacks", theirs.keys() - weights.place), ("also has", weights.place.keys() - theirs)):
-        if names:
-            raise ValueError(f"{path} {what} {', '.join(sorted(names)[:3])} ({len(names)} in all); it is no plain "
-                             f"{source['model_type']} model, or not whole")
-    model = {}
-    for name, ours in theirs.items():
-        model[ours], of_vocabulary = torch.zeros(shapes[ours]), ours in ("embedding.weight", "head.weight")
-        weights.into(name, model[ours][:rows] if of_vocabulary else model[ours])
-        if of_vocabulary and not has_markers:
-            fill_markers(model[ours], rows, *ends_of(source, folder, rows))
-    if tied:
-        model["head.weight"] = model["embedding.weight"]
-    return {"model_config": config, "model": model, "tokenizer": tokenizer.state()}
+    try:
+        return read_folder(Path(path), say)
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} is not as transformers writes a folder ({one_line(error)}); save the model with it "
+                         "once more: model.save_pretrained(FOLDER)") from error
 
 
 # ---- out -------------------------------------------------------------------------------------------------------
 
+# how transformers splits text for any model_type qwen2, whatever its tokenizer.json says
+QWEN2_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+               r"\s+(?!\S)|\s+")
+ENDS = {"bos_token": BOS, "eos_token": EOS, "pad_token": EOS}
 CHAT = ("{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
         f"{{% if add_generation_prompt %}}{SOL}{PRIOR}{{% endif %}}")       # a model that is asked thinks, then answers
 
@@ -349,62 +356,65 @@ def spec_for(tokenizer: BaseTokenizer) -> str:
     """A tokenizer.json that has the markers as special tokens, and reserved ones for rows that have none."""
     _, tokenizers = packages()
     library = tokenizers.Tokenizer.from_str(tokenizer.spec)
-    reserved = [f"<|RESERVED_{i}|>" for i in range(tokenizer.text_ids) if library.id_to_token(i) is None]
-    added = [tokenizers.AddedToken(name, special=True, normalized=False) for name in (*reserved, *MARKERS)]
-    library.add_special_tokens(added)
-    wanted = {name: int(name.strip("<|>").split("_")[1]) for name in reserved} | tokenizer.marker
+    wanted = {f"<|RESERVED_{i}|>": i for i in range(tokenizer.text_ids) if library.id_to_token(i) is None}
+    wanted |= tokenizer.marker
+    library.add_special_tokens(list(wanted))
     for name, i in wanted.items():
-        if library.token_to_id(name) != i:
-            raise ValueError(f"the vocabulary has a hole, so that a new token cannot have the id {i} of {name}")
+        refuse("the vocabulary", (library.token_to_id(name) != i,
+                                  f"has a hole, so that a new token cannot have the id {i} of {name}"))
     return library.to_str()
 
 
-def export(checkpoint: str, out: str, dtype: str = "bfloat16") -> None:
-    """Write a checkpoint that came from a base as a Hugging Face folder, whole or not at all.
+def export(checkpoint: str, out: str, dtype: str = "bfloat16") -> str:
+    """Write a checkpoint that came from a base as a Hugging Face folder, whole or not at all; returns what one has to
+    know of it, if anything.
 
     Raises ValueError where `out` is there already or the vocabulary is not a base's.
     """
     state, temporary = read_checkpoint(checkpoint), Path(f"{Path(out)}.{os.getpid()}.tmp")
-    if os.path.exists(out):
-        raise ValueError(f"{out} is there already; give another folder, or delete it")
-    if "spec" not in state["tokenizer"]:
-        raise ValueError(f"{checkpoint} has a vocabulary of nanoBoLT's own, unknown to transformers; give a run "
-                         "that started from a base")
+    refuse(out, (os.path.exists(out), "is there already; give another folder, or delete it"))
+    refuse(checkpoint, (not is_of_base(state["tokenizer"]), "has a vocabulary of nanoBoLT's own, unknown to "
+                        "transformers; give a run that started from a base"))
     (safetensors, _), tokenizer, config = packages(), BaseTokenizer(**state["tokenizer"]), state["model_config"]
-    names = [name for name in state["model"] if not (config.tied and name == "head.weight")]
-    rows = {"embedding.weight": tokenizer.vocab_size, "head.weight": tokenizer.vocab_size}
-    tensors = {their_name(name): state["model"][name][:rows.get(name)].to(getattr(torch, dtype)).contiguous()
-               for name in names}
-    special = {"bos_token": BOS, "eos_token": EOS, "pad_token": EOS}
-    files = {"config.json": config_for(config, tokenizer) | {"torch_dtype": dtype},
-             "generation_config.json": ids_of_ends(tokenizer),
-             "tokenizer_config.json": special | {
+    if config.tied:
+        del state["model"]["head.weight"]
+    rows = dict.fromkeys(OF_VOCABULARY, config.vocab_size)      # without the padding
+    tensors = {their_name(name): weight[:rows.get(name)].to(getattr(torch, dtype)).contiguous()
+               for name, weight in state["model"].items()}
+    ends = {f"{name}_id": tokenizer.marker[marker] for name, marker in ENDS.items()}
+    files = {"config.json": config_for(config) | ends | {"torch_dtype": dtype}, "generation_config.json": ends,
+             "tokenizer_config.json": ENDS | {
                  "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT,
                  "clean_up_tokenization_spaces": False, "model_max_length": config.context}}
     try:
         temporary.mkdir(parents=True)
-        for name, content in files.items():
-            (temporary / name).write_text(json.dumps(content, indent=2) + "\n")
-        (temporary / "tokenizer.json").write_text(spec_for(tokenizer), encoding="utf-8")
+        with naming_the_file(out):
+            for name, content in files.items():
+                (temporary / name).write_text(json.dumps(content, indent=2) + "\n")
+            (temporary / "tokenizer.json").write_text(spec_for(tokenizer), encoding="utf-8")
         safetensors.torch.save_file(tensors, temporary / "model.safetensors", {"format": "pt"})
+        (temporary / "model.safetensors").chmod((temporary / "config.json").stat().st_mode)     # else the owner's alone
         temporary.rename(out)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"could not write {out} ({error}); make room") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    own = json.dumps(QWEN2_SPLIT, ensure_ascii=False) in tokenizer.spec
+    return "" if own or not config.qkv_bias else (
+        "\ntransformers reads a Qwen2 model with Qwen2's own splitting of text, which is not this tokenizer's; for its "
+        f"ids take PreTrainedTokenizerFast(tokenizer_file='{out}/tokenizer.json')")
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="run folder or checkpoint that came from a base")
     parser.add_argument("out", help="folder to write")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"],
                         help="of the weights [bfloat16]")
     args = parser.parse_args(argv)
-    export(args.checkpoint, args.out, args.dtype)
-    print(f"{args.out}: {', '.join(sorted(os.listdir(args.out)))}")
+    note = export(args.checkpoint, args.out, args.dtype)
+    print(f"{args.out}: {', '.join(sorted(os.listdir(args.out)))}{note}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    script(main)

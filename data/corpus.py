@@ -15,13 +15,14 @@ import math
 import os
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Callable, Iterator
 
 import numpy as np
 
-from data.tokens import Tokenizer, split
+from data.tokens import Tokenizer, count_tokens
 
-CHUNK_TOKENS = 256      # cap of a chunk where text is split
+CHUNK_TOKENS = 256      # cap of a chunk where text is split, see `chunk_cap`
 LONGEST_PIECE = 2 ** 14     # characters that are tokenised at once to see whether they fit; some encodings take squares
 
 
@@ -61,6 +62,11 @@ def split_into_chunks(text: str, count_tokens: Callable[[str], int], chunk_token
     return chunks
 
 
+def chunk_cap(chunk_tokens: int, context: int) -> int:
+    """Tokens of a chunk for a setting of --chunk_tokens: 0 leaves room for C and a thought in a model's context."""
+    return chunk_tokens or min(CHUNK_TOKENS, max(1, context // 4))
+
+
 # ---- documents -------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -84,14 +90,14 @@ class Document:
     record: dict = field(repr=False, compare=False)
 
 
-def with_chunks(record: dict, count_tokens: Callable[[str], int]) -> dict:
+def with_chunks(record: dict, count_tokens: Callable[[str], int], chunk_tokens: int) -> dict:
     """A document that has only `text`, with the chunks it splits into, or as one chunk where it has a `latent` of its
     own (a rewriting of the whole); others as they are."""
     if record.get("chunks") is not None:
         return record
     if record.get("latent") is not None:
         return record | {"chunks": [{"suffix": record["text"], "latent": record["latent"]}]}
-    parts = split_into_chunks(record["text"], count_tokens, CHUNK_TOKENS)
+    parts = split_into_chunks(record["text"], count_tokens, chunk_tokens)
     return record | {"chunks": [{"suffix": part} for part in parts]}
 
 
@@ -109,24 +115,19 @@ def ids_of(thought: dict, tokenizer: Tokenizer) -> list[int]:
     return ids
 
 
-def encode_document(index: int, record: dict, tokenizer: Tokenizer) -> Document:
+def encode_document(index: int, record: dict, tokenizer: Tokenizer, chunk_tokens: int = CHUNK_TOKENS) -> Document:
     """Encode one line of a corpus. Sampled latents come with their ids, which are used as they are, never re-encoded.
 
     Raises ValueError where those ids are of another vocabulary.
     """
-    record, chunks = with_chunks(record, tokenizer.count), []
+    record, chunks = with_chunks(record, tokenizer.count, chunk_tokens), []
     for piece in record["chunks"]:
-        latent, ids = piece.get("latent"), None
-        if latent is not None:
-            ids = ids_of(piece, tokenizer)
-        draws = piece.get("draws", []) if latent is not None else []
-        chunks.append(Chunk(tokenizer.encode(piece["suffix"]), ids, piece.get("given", False),
-                            [ids_of(draw, tokenizer) for draw in draws], [draw["weight"] for draw in draws]))
+        has_thought = piece.get("latent") is not None
+        draws = piece.get("draws", []) if has_thought else []
+        chunks.append(Chunk(tokenizer.encode(piece["suffix"]), ids_of(piece, tokenizer) if has_thought else None,
+                            piece.get("given", False), [ids_of(draw, tokenizer) for draw in draws],
+                            [draw["weight"] for draw in draws]))
     return Document(index, chunks, record)
-
-
-def encode_corpus(records: list[dict], tokenizer: Tokenizer) -> list[Document]:
-    return [encode_document(i, record, tokenizer) for i, record in enumerate(records)]
 
 
 @contextlib.contextmanager
@@ -146,7 +147,7 @@ KEYS = {        # that are read of a document, a chunk and a draw, and what each
 HOLDS = {
     "a text": lambda value: isinstance(value, str),
     "true or false": lambda value: isinstance(value, bool),
-    "a weight of at least 0": lambda value: type(value) in (int, float) and 0 <= value < math.inf,
+    "a weight of at least 0": lambda value: type(value) in (int, float) and 0 <= value < 1e30,
     "a list of ids": lambda value: isinstance(value, list) and all(type(i) is int and i >= 0 for i in value),
     "a list of objects": lambda value: isinstance(value, list) and all(isinstance(part, dict) for part in value)}
 
@@ -164,7 +165,7 @@ def check_keys(part: dict, kind: str) -> None:
         if needed and key not in part:
             raise ValueError(f'a {kind} needs a "{key}", {what}')
         if key in part and not HOLDS[what](part[key]):
-            raise ValueError(f'the "{key}" of a {kind} is {what}, not {json.dumps(part[key])[:40]}')
+            raise ValueError(f'the "{key}" of a {kind} is {what}, not {json.dumps(part[key], default=str)[:40]}')
 
 
 def check_record(record: dict) -> dict:
@@ -185,27 +186,39 @@ def check_record(record: dict) -> dict:
     return record
 
 
+def text_of(line: bytes) -> str:
+    """Raises ValueError."""
+    try:
+        return line.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the file is not UTF-8 ({error.reason}); convert it") from None
+
+
+def read_line(line: bytes, check: Callable[[dict], dict]) -> dict:
+    """The JSON of a line, which `check` may change or refuse. Raises ValueError."""
+    text = text_of(line)
+    try:
+        record = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(record, ensure_ascii=False).encode()
+        return check(record)
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise ValueError(f"half a character ({half}), which cannot be written; remove it") from None
+    except RecursionError:
+        raise ValueError("the JSON is nested too deeply") from None
+
+
 def read_record(path: str, number: int, line: bytes) -> dict:
     """A line of a corpus as a document of the data contract. Raises ValueError with file:line."""
     with naming_the_line(path, number):
-        try:
-            text = line.decode("utf-8-sig")
-            record = json.loads(text)
-            if "\\ud" in text.lower():
-                json.dumps(record, ensure_ascii=False).encode()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"the file is not UTF-8 ({error.reason}); convert it") from None
-        except UnicodeEncodeError as error:
-            half = ascii(error.object[error.start])
-            raise ValueError(f"half a character ({half}), which cannot be written; remove it") from None
-        except RecursionError:
-            raise ValueError("the JSON is nested too deeply") from None
-        return check_record(record)
+        return read_line(line, check_record)
 
 
-def read_document(path: str, number: int, line: bytes, tokenizer: Tokenizer, without_latents: bool = False) -> Document:
+def read_document(path: str, number: int, line: bytes, tokenizer: Tokenizer, chunk_tokens: int = CHUNK_TOKENS,
+                  without_latents: bool = False) -> Document:
     """A line of a corpus, encoded. Raises ValueError with file:line."""
-    record = with_chunks(read_record(path, number, line), tokenizer.count)
+    record = with_chunks(read_record(path, number, line), tokenizer.count, chunk_tokens)
     if without_latents:
         dropped = ("latent", "latent_ids", "draws")
         record["chunks"] = [{key: chunk[key] for key in chunk if key not in dropped} for chunk in record["chunks"]]
@@ -220,7 +233,7 @@ def numbered_lines(path: str) -> Iterator[tuple[int, bytes]]:
     Raises FileNotFoundError, ValueError where there is nothing.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"no corpus at {path}; python data/alchemy/prepare.py makes the embedded one")
+        raise FileNotFoundError(f"no corpus at {path}; prepare.py of data/alchemy or another folder writes one")
     is_empty = True
     with open(path, "rb") as file:
         for number, line in enumerate(file):
@@ -236,10 +249,35 @@ def read_corpus(path: str) -> list[dict]:
     return [read_record(path, number, line) for number, line in numbered_lines(path)]
 
 
-def texts_of(records, encoding: str) -> Iterator[str]:
+def read_documents(path: str, tokenizer: Tokenizer, chunk_tokens: int = CHUNK_TOKENS) -> list[Document]:
+    """All documents of a corpus, encoded. Raises FileNotFoundError, ValueError with file:line."""
+    return [read_document(path, *numbered, tokenizer, chunk_tokens) for numbered in numbered_lines(path)]
+
+
+def split_corpus(path: str, seed: int, held_out: float) -> dict[str, list[bytes]]:
+    """The lines of one file as the parts of a corpus: documents with thoughts are gold, those without are raw, and a
+    share of each is held out, by the seed. Raises ValueError where a part would be empty."""
+    parts: dict[str, list[bytes]] = {"gold": [], "raw": [], "held_out": []}
+    for number, line in numbered_lines(path):
+        record = read_record(path, number, line)
+        pieces = record.get("chunks", [record])
+        has_thought = any("latent" in piece and not piece.get("given") for piece in pieces)
+        parts["gold" if has_thought else "raw"].append(line.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n") + b"\n")
+    for kind, what in (("gold", "with a thought, which the warm start needs"), ("raw", "without a thought")):
+        lines = parts[kind]
+        order = np.random.default_rng([seed, len(kind)]).permutation(len(lines))
+        first = math.ceil(held_out * len(lines))
+        parts["held_out"] += [lines[i] for i in sorted(order[:first])]
+        parts[kind] = [lines[i] for i in sorted(order[first:])]
+        if not parts[kind]:
+            raise ValueError(f"{path} has no document {what}, beside those held out; add some, or lower --held_out")
+    return parts
+
+
+def texts_of(records, encoding: str, chunk_tokens: int = CHUNK_TOKENS) -> Iterator[str]:
     """Every text of a corpus, piece by piece as it is encoded: for making a tokenizer."""
     for record in records:
-        for piece in with_chunks(record, lambda text: len(split(text, encoding)))["chunks"]:
+        for piece in with_chunks(record, partial(count_tokens, encoding=encoding), chunk_tokens)["chunks"]:
             yield piece["suffix"]
             if piece.get("latent") is not None:
                 yield piece["latent"]

@@ -12,7 +12,8 @@
     sampling   BOS C SOL EOL x SOL POST  ->  z EOL      log_proposal counts z and EOL
     scoring    BOS C SOL PRIOR  z EOL x                 log_joint counts z, EOL and x
 
-x is a chunk's observed text (its suffix), z its thought (its latent), C the observed text of up to three chunks before.
+x is a chunk's observed text (its suffix), z its thought (its latent), C the observed text of up to three chunks before,
+fewer where a sequence would not fit the model.
 Pieces are encoded apart and their ids concatenated, so training, sampling, scoring and evaluation see the same ids.
 """
 from dataclasses import dataclass, field
@@ -43,25 +44,45 @@ class Sequence:
 class Layout:
     """Builds every sequence of the project for one tokenizer."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, context: int = 2 ** 40, max_latent_tokens: int = 0):
+        """context: the tokens that the model takes, of which the longest thought has so many; training needs neither.
+        Raises ValueError where nothing is left for text."""
+        self.tokenizer, self.room = tokenizer, context - max_latent_tokens - 5      # for C and x, beside five markers
+        if self.room < 1:
+            raise ValueError(f"thoughts of {max_latent_tokens} tokens leave no room for text in a context of {context};"
+                             " lower --max_latent_tokens, or train with a larger --model.context")
         self.bos, self.eos, self.sol, self.eol, self.prior, self.post = (
             tokenizer.marker[name] for name in (BOS, EOS, SOL, EOL, PRIOR, POST))
 
-    def context(self, document: Document, chunk: int) -> list[int]:
-        """BOS C: the observed text of up to CONTEXT_CHUNKS chunks before, without latents."""
-        before = document.chunks[max(0, chunk - CONTEXT_CHUNKS):chunk]
-        return [self.bos] + [i for other in before for i in other.suffix]
+    def fits(self, document: Document, chunk: int) -> bool:
+        """Whether there is room for a chunk and its longest thought, if need be without C."""
+        return len(document.chunks[chunk].suffix) <= self.room
+
+    def context(self, document: Document, chunk: int, text_tokens: int | None = None) -> list[int]:
+        """BOS C: the observed text of up to CONTEXT_CHUNKS chunks before, without latents.
+
+        Where there is no room for them beside the text of the chunk (or so many tokens) and its longest thought, C has
+        fewer, the oldest gone first. Sampling, scoring and evaluation condition on that C alike: the evidence is of
+        log p(x | that C).
+        """
+        room = self.room - (len(document.chunks[chunk].suffix) if text_tokens is None else text_tokens)
+        before: list[int] = []
+        for other in reversed(document.chunks[max(0, chunk - CONTEXT_CHUNKS):chunk]):
+            if len(other.suffix) + len(before) > room:
+                break
+            before = other.suffix + before
+        return [self.bos] + before
 
     # training
 
     def document(self, document: Document, coins, plain_as: str = "plain") -> Sequence:
-        """The training sequence of a document; coins[c] True lays chunk c out as prior, False as posterior."""
+        """The training sequence of a document; coins[c] True lays chunk c out as prior, False as posterior, and None
+        without its latent."""
         sequence = Sequence().add(GIVEN, [self.bos])
         for chunk, coin in zip(document.chunks, coins, strict=True):
             if chunk.given:
                 sequence.add(GIVEN, chunk.suffix)
-            elif chunk.latent is None:
+            elif chunk.latent is None or coin is None:
                 sequence.add(MARKER, [self.sol, self.eol] if plain_as == "no_thought" else []).add(TEXT, chunk.suffix)
             elif coin:
                 sequence.add(MARKER, [self.sol, self.prior])
@@ -73,10 +94,7 @@ class Layout:
 
     def raw(self, document: Document) -> Sequence:
         """The text of a document alone, as a plain language model is trained on it."""
-        sequence = Sequence().add(GIVEN, [self.bos])
-        for chunk in document.chunks:
-            sequence.add(GIVEN if chunk.given else TEXT, chunk.suffix)
-        return sequence.add(MARKER, [self.eos])
+        return self.document(document, [None] * len(document.chunks))
 
     def latents(self, document: Document) -> Sequence:
         """The latents of a document alone, without markers between them: for corpora whose latents rewrite the text.
@@ -86,26 +104,21 @@ class Layout:
             sequence.add(LATENT, [] if chunk.given else chunk.latent or [])
         return sequence.add(MARKER, [self.eos])
 
-    # E-step
+    # E-step and evaluation
 
     def posterior_prompt(self, document: Document, chunk: int) -> list[int]:
         """BOS C SOL EOL x SOL POST: what q(z | x, C) is sampled from."""
         return [*self.context(document, chunk), self.sol, self.eol, *document.chunks[chunk].suffix, self.sol, self.post]
 
-    def joint(self, document: Document, chunk: int, latent: list[int]) -> Sequence:
-        """BOS C SOL PRIOR z EOL x: the sum over all but the given ids is log p(z, x | C)."""
-        return self.thought_and_text(document, chunk, latent).after(self.prior_prompt(document, chunk))
-
     def thought_and_text(self, document: Document, chunk: int, latent: list[int]) -> Sequence:
-        """z EOL x: what follows the prior prompt, all of it scored."""
+        """z EOL x: what follows the prior prompt; the sum over all of it is log p(z, x | C)."""
         return Sequence().add(LATENT, latent).add(MARKER, [self.eol]).add(TEXT, document.chunks[chunk].suffix)
 
-    # evaluation
+    def prior_prompt(self, document: Document, chunk: int, text_tokens: int | None = None) -> list[int]:
+        """BOS C SOL PRIOR: what p(z | C) is sampled from; text_tokens: see `context`."""
+        return [*self.context(document, chunk, text_tokens), self.sol, self.prior]
 
-    def prior_prompt(self, document: Document, chunk: int) -> list[int]:
-        """BOS C SOL PRIOR: what p(z | C) is sampled from."""
-        return [*self.context(document, chunk), self.sol, self.prior]
-
-    def direct_prompt(self, document: Document, chunk: int, no_thought: bool) -> list[int]:
+    def direct_prompt(self, document: Document, chunk: int, no_thought: bool,
+                      text_tokens: int | None = None) -> list[int]:
         """BOS C [SOL EOL]: what x is written after where there is no thought."""
-        return self.context(document, chunk) + [self.sol, self.eol] * no_thought
+        return self.context(document, chunk, text_tokens) + [self.sol, self.eol] * no_thought

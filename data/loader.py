@@ -3,10 +3,9 @@
 A batch is a function of (documents, recipe, position) alone, so a resumed run sees what the uninterrupted one saw.
 """
 import bisect
-import itertools
 import math
 from dataclasses import dataclass, replace
-from typing import Iterator, Literal
+from typing import Iterator, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -27,12 +26,13 @@ class Recipe:
     layout: Literal["joint", "prior", "posterior", "raw", "latent_only"] = option(
         "joint", "joint: a coin per chunk, prior or posterior; raw: the text alone; latent_only: the latents alone")
     plain_as: Literal["plain", "no_thought"] = option("plain", "how a chunk without a latent is laid out")
-    raw_mix: float = option(0.0, "share of the documents, drawn afresh each epoch, that are laid out raw")
-    seed: int = option(0, "of the initial weights, the order of the documents and the coins", above=-1)
+    chunk_tokens: int = option(0, "tokens of a chunk at most, where a document is text alone and has to be split; 0: "
+                                  "256, or a quarter of the context", at_least=0)
+    raw_mix: float = option(0.0, "share of the documents, drawn afresh each epoch, that are laid out raw", at_least=0,
+                            at_most=1)
+    seed: int = option(0, "of the initial weights, the order of the documents and the coins", at_least=0)
 
     def __post_init__(self):
-        if not 0 <= self.raw_mix <= 1:
-            raise ValueError(f"--raw_mix {self.raw_mix} is not allowed; give a share between 0 and 1")
         if self.batch_tokens % self.row_tokens:
             raise ValueError(f"--batch_tokens {self.batch_tokens} is no multiple of --row_tokens {self.row_tokens}")
 
@@ -50,8 +50,7 @@ class Position:
     row: int = 0
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """Packed rows, each (R, T): ids, the id that follows (-1: no target), document numbers, and the target's kind."""
     ids: Tensor
     targets: Tensor
@@ -59,13 +58,11 @@ class Batch:
     kinds: Tensor
 
     def rows(self, part: slice) -> "Batch":
-        return Batch(self.ids[part], self.targets[part], self.document[part], self.kinds[part])
+        return Batch(*(tensor[part] for tensor in self))
 
     def to(self, device: torch.device) -> "Batch":
         """A copy on the device; where that is CUDA the host does not wait for it."""
-        tensors = (self.ids, self.targets, self.document, self.kinds)
-        if device.type == "cuda":
-            tensors = (tensor.pin_memory() for tensor in tensors)
+        tensors = (tensor.pin_memory() for tensor in self) if device.type == "cuda" else self
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
 
@@ -91,20 +88,18 @@ def pick_thought(chunk: Chunk, uniform: float) -> Chunk:
 def lay_out(documents: list[Document], layout: Layout, recipe: Recipe, epoch: int, group: int) -> Iterator[Sequence]:
     """A group of documents with fresh coins: one for each chunk, and one of its thoughts where it has several."""
     ends = np.cumsum([len(document.chunks) for document in documents])
-    coins, picks = (np.split(random_stream(recipe.seed, purpose, epoch, group).random(ends[-1]), ends[:-1])
-                    for purpose in ("coin", "pick"))
+    coins = np.split(random_stream(recipe.seed, "coin", epoch, group).random(ends[-1]), ends[:-1])
+    picks = np.split(random_stream(recipe.seed, "pick", epoch, group).random(ends[-1]), ends[:-1])
     raw_mixed = random_stream(recipe.seed, "raw", epoch, group).random(len(documents)) < recipe.raw_mix
-    prior_share = {"joint": 0.5, "prior": 1.0, "posterior": 0.0}.get(recipe.layout)
+    prior_share = {"joint": 0.5, "prior": 1.0, "posterior": 0.0}
     for document, coin, pick, as_raw in zip(documents, coins, picks, raw_mixed):
+        document = replace(document, chunks=list(map(pick_thought, document.chunks, pick)))
         if as_raw or recipe.layout == "raw":
             yield layout.raw(document)
-            continue
-        document = replace(document, chunks=list(map(pick_thought, document.chunks, pick)))
-        if recipe.layout == "latent_only":
-            has_latents = any(chunk.latent is not None and not chunk.given for chunk in document.chunks)
-            yield from [layout.latents(document)] if has_latents else []
-        else:
-            yield layout.document(document, coin < prior_share, recipe.plain_as)
+        elif recipe.layout in prior_share:
+            yield layout.document(document, coin < prior_share[recipe.layout], recipe.plain_as)
+        elif any(chunk.latent is not None and not chunk.given for chunk in document.chunks):
+            yield layout.latents(document)
 
 
 def windows(sequence: Sequence, row_tokens: int) -> Iterator[Sequence]:
@@ -160,17 +155,13 @@ def deal(rows: list[list[Sequence]], row_tokens: int, position: Position, ranks:
     """The rows of a global batch that are this process's, and the counts of all. Where they do not go round, the last
     processes get an empty row, so that all take as many micro-batches."""
     mine, most = rows[ranks.rank::ranks.world], math.ceil(len(rows) / ranks.world)
-    kinds = [sequence.kinds[1:] for row in rows for sequence in row]
-    counts = {kind: sum(one.count(kind) for one in kinds) for kind in (GIVEN, LATENT, TEXT)}
-    tokens = sum(map(len, kinds))
-    batch = collate(mine + [[]] * (most - len(mine)), row_tokens)
-    return StepBatch(batch, tokens, tokens - counts[GIVEN], counts[TEXT], counts[LATENT], position)
+    kinds = [kind for row in rows for sequence in row for kind in sequence.kinds[1:]]
+    return StepBatch(collate(mine + [[]] * (most - len(mine)), row_tokens), len(kinds), len(kinds) - kinds.count(GIVEN),
+                     kinds.count(TEXT), kinds.count(LATENT), position)
 
 
-Rows = Iterator[tuple[list[Sequence], Position]]
-
-
-def epoch_rows(documents, layout: Layout, recipe: Recipe, start: Position = Position()) -> Rows:
+def epoch_rows(documents, layout: Layout, recipe: Recipe,
+               start: Position = Position()) -> Iterator[tuple[list[Sequence], Position]]:
     """The rows of the epoch of `start`, from there on, each with the position after it.
 
     An epoch is a fresh order of the documents, cut into groups that are laid out and packed on their own, so that going
@@ -185,20 +176,19 @@ def epoch_rows(documents, layout: Layout, recipe: Recipe, start: Position = Posi
             yield rows[mixed[number]], Position(start.epoch, group, number + 1)
 
 
-def training_rows(documents, layout: Layout, recipe: Recipe, start: Position) -> Rows:
-    """The endless stream of rows. Raises ValueError where an epoch has none."""
+def training_batches(documents, layout: Layout, recipe: Recipe, start: Position, ranks: Ranks) -> Iterator[StepBatch]:
+    """Batches without end; every process packs all rows and collates its own. documents: list or TokenizedCorpus.
+
+    Raises ValueError where an epoch has no row.
+    """
+    rows: list[list[Sequence]] = []
     while True:
         position = start
         for row, position in epoch_rows(documents, layout, recipe, start):
-            yield row, position
+            rows.append(row)
+            if len(rows) == recipe.rows:
+                yield deal(rows, recipe.row_tokens, position, ranks)
+                rows = []
         if position == Position(start.epoch):
             raise ValueError(f"no document has anything to train on in --layout {recipe.layout}; take one with latents")
         start = Position(start.epoch + 1)
-
-
-def training_batches(documents, layout: Layout, recipe: Recipe, start: Position, ranks: Ranks) -> Iterator[StepBatch]:
-    """Batches without end; every process packs all rows and collates its own. documents: list or TokenizedCorpus."""
-    stream = training_rows(documents, layout, recipe, start)
-    while True:
-        rows, positions = zip(*itertools.islice(stream, recipe.rows))
-        yield deal(list(rows), recipe.row_tokens, positions[-1], ranks)

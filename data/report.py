@@ -10,11 +10,12 @@ import argparse
 import itertools
 import json
 import math
-import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+
+from data.run import OneLineParser, read_json, script, whole_file
 
 
 # ---- a chunk ---------------------------------------------------------------------------------------------------
@@ -22,11 +23,10 @@ import numpy as np
 def show_chunk(layout, place, annotation: dict) -> str:
     """A chunk as a person wants to see it: what comes before, its text, its thoughts with weights as bars, ess."""
     (document, c), decode = place, layout.tokenizer.decode
-    weights, times = Counter(), Counter()       # of equal thoughts together
-    for draw, finished in zip(annotation["draws"], annotation["finished"]):
-        thought = (draw["latent"], finished)
+    thoughts = [(draw["latent"], finished) for draw, finished in zip(annotation["draws"], annotation["finished"])]
+    weights, times = Counter(), Counter(thoughts)       # of equal thoughts together
+    for thought, draw in zip(thoughts, annotation["draws"]):
         weights[thought] += draw["weight"]
-        times[thought] += 1
     lines = [f"document {document.index}, chunk {c}", f"  prefix   {decode(layout.context(document, c)[1:])!r}",
              f"  text     {decode(document.chunks[c].suffix)!r}"]
     for (thought, finished), weight in weights.most_common():
@@ -34,8 +34,7 @@ def show_chunk(layout, place, annotation: dict) -> str:
         bar, count = "█" * round(20 * weight), times[thought, finished]
         lines.append(f"  {bar:20s} {weight:.2f} {count:3d} x {mark:10s} {thought!r}")
     if annotation["bound"] is not None:
-        ess, bound = annotation["ess"], annotation["bound"]
-        lines.append(f"  ess {ess:.1f} of {len(annotation['draws'])}, bound {bound:.2f} nats")
+        lines.append(f"  ess {annotation['ess']:.1f} of {len(thoughts)}, bound {annotation['bound']:.2f} nats")
     return "\n".join(lines)
 
 
@@ -48,8 +47,8 @@ def mean(values) -> float:
 
 def per_unit(nll: list, units: list[int]) -> float:
     """Nats per token, or per byte, over the documents whose nll is finite."""
-    pairs = [(value, unit) for value, unit in zip(nll, units) if value is not None]
-    return sum(value for value, _ in pairs) / sum(unit for _, unit in pairs) if pairs else math.nan
+    pairs = [(value, unit) for value, unit in zip(nll, units, strict=True) if value is not None]
+    return sum(value for value, _ in pairs) / (sum(unit for _, unit in pairs) or math.nan)
 
 
 def where_hidden(record: dict) -> list[bool]:
@@ -64,7 +63,8 @@ def read_records(out: str) -> tuple[dict[str, dict], dict[str, list[dict]]]:
     """
     on_the_way: dict[str, list[dict]] = {}
     for path in Path(out).glob("**/step_*.json"):
-        on_the_way.setdefault(str(path.parent.relative_to(out)), []).append(json.loads(path.read_text()))
+        if path.with_name("step_last.json").exists():       # else it has not ended
+            on_the_way.setdefault(str(path.parent.relative_to(out)), []).append(read_json(path))
     best = {}
     for name, records in on_the_way.items():
         records.sort(key=lambda record: record["passes"])
@@ -85,14 +85,16 @@ def rounds_of(records: dict[str, dict], arm: str = "em") -> list[dict]:
 
 # ---- tables ----------------------------------------------------------------------------------------------------
 
-def row_of(record: dict, loop: float) -> dict[str, float]:
-    """The figures of a model; compute relative to the `loop`'s passes."""
+def row_of(record: dict, loop: float) -> dict[str, float | None]:
+    """The figures of a model, None where there is none, as of a bound without a finished draw; compute relative to the
+    `loop`'s passes."""
     row = {"accuracy": mean(record["correct"])} if "correct" in record else {}
     if any(record["hidden"]):
         row |= {"needs a hidden fact": mean(where_hidden(record)), "hidden facts known": record["known"]}
     row |= {"without a thought": mean(record["correct_direct"])} if "correct" in record else {}
     token, byte = (per_unit(record["nll"], record[unit]) for unit in ("tokens", "bytes"))
-    return row | {"nats per token": token, "bits per byte": byte / math.log(2), "compute": record["passes"] / loop}
+    row |= {"nats per token": token, "bits per byte": byte / math.log(2), "compute": record["passes"] / loop}
+    return {name: None if math.isnan(figure) else figure for name, figure in row.items()}
 
 
 def model_rows(records: dict[str, dict], labels: dict[str, str]) -> dict[str, dict[str, float]]:
@@ -106,12 +108,16 @@ def models_table(runs: list[dict[str, dict[str, float]]]) -> list[str]:
     columns = list(next(iter(runs[0].values())))
     lines = [f"| model | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for label in runs[0]:
-        values = np.array([[run[label][column] for column in columns] for run in runs])
+        values = np.array([[run[label][column] for column in columns] for run in runs], float)      # None: nan
         errors = values.std(axis=0, ddof=1) / len(runs) ** 0.5 if len(runs) > 1 else [None] * len(columns)
         cells = [f"{value:.3f}" + (f" ± {error:.3f}" if error is not None else "")
                  for value, error in zip(values.mean(axis=0), errors)]
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return lines
+
+
+def two_places(figure: float | None) -> str:
+    return "" if figure is None else f"{figure:.2f}"
 
 
 def rounds_table(records: dict[str, dict]) -> list[str]:
@@ -123,45 +129,43 @@ def rounds_table(records: dict[str, dict]) -> list[str]:
     graded, bounds = "valid_before" in rounds[-1], [name for name in rounds[-1] if name.startswith("nll_by_")]
     rows = [f"| round | nats per token: elbo | {' | '.join(f'K = {name[7:]}' for name in bounds)} | no thought | "
             + "valid thoughts | distance to the posterior | " * graded
-            + "documents left out | E-step: ess | unfinished | thought tokens |"]
-    rows += ["|---" * (7 + len(bounds) + 2 * graded) + "|"]
+            + "documents left out | E-step: ess | unfinished | thought tokens |",
+            "|---" * (7 + len(bounds) + 2 * graded) + "|"]
     for number, record in enumerate(rounds):
-        finite = [all(values) for values in zip(*([nll is not None for nll in record[name]] for name in bounds))]
+        finite = [None not in values for values in zip(*(record[name] for name in bounds))]
         kept = {name: list(itertools.compress(record[name], finite)) for name in (*bounds, "nll_direct", "tokens")}
-        nats = [-record["elbo_per_token"]] + [per_unit(kept[name], kept["tokens"]) for name in (*bounds, "nll_direct")]
-        marks = (f"{record['valid_before']:.2f} -> {record['valid_after']:.2f} | "
-                 f"{record['distance_before']:.2f} -> {record['distance_after']:.2f} | ") if graded else ""
+        elbo = math.nan if record["elbo_per_token"] is None else -record["elbo_per_token"]
+        nats = [elbo, *(per_unit(kept[name], kept["tokens"]) for name in (*bounds, "nll_direct"))]
+        cells = [str(number or "warm start"), *(f"{x:.3f}" for x in nats)]
+        if graded:
+            cells += [f"{record[f'{name}_before']:.2f} -> {record[f'{name}_after']:.2f}"
+                      for name in ("valid", "distance")]
         step = [record.get("e_step", {}).get(name) for name in ("ess", "unfinished", "latent_tokens")]
-        drawn = ["" if figure is None else f"{figure:.2f}" for figure in step]
-        cells = " | ".join(f"{x:.3f}" for x in nats)
-        rows.append(f"| {number or 'warm start'} | {cells} | {marks}{finite.count(False)} | {' | '.join(drawn)} |")
+        rows.append(f"| {' | '.join([*cells, str(finite.count(False)), *map(two_places, step)])} |")
     return rows
 
 
 def gain(ours: list, theirs: list) -> tuple[float, float]:
     """Mean and standard error of ours - theirs, document by document, where both are there; nan where too few are."""
-    both = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
-    pairs = [float(a) - float(b) for a, b in both]
-    return mean(pairs), float(np.std(pairs, ddof=1) / len(pairs) ** 0.5) if len(pairs) > 1 else math.nan
+    less = [float(a) - float(b) for a, b in zip(ours, theirs, strict=True) if None not in (a, b)]
+    return mean(less), float(np.std(less, ddof=1) / len(less) ** 0.5) if len(less) > 1 else math.nan
 
 
 def paired_table(records: dict[str, dict], labels: dict[str, str]) -> list[str]:
     """Markdown: nats of a held-out document and answers of every model, each less those of the last round of EM."""
-    last, figures = rounds_of(records)[-1], ("nll_direct", "nll", "correct_direct", "correct")
-    figures = [name for name in figures if name in last]
     titles = {"nll_direct": "nats a document without a thought", "nll": "bound",
               "correct_direct": "right without a thought", "correct": "right"}
+    last = rounds_of(records)[-1]
+    figures = [name for name in titles if name in last]
     lines = [f"| model | {' | '.join(f'{titles[name]} | less EM' for name in figures)} | ess | unfinished |",
              "|---" * (2 * len(figures) + 3) + "|"]
-    for name, label in labels.items():
-        if record := records.get(name):
-            drawn = [record.get("drawn", {}).get(figure) for figure in ("ess", "unfinished")]
-            cells = []
-            for figure in figures:
-                less, error = gain(record[figure], last[figure])
-                cells += [f"{mean(x for x in record[figure] if x is not None):.2f}", f"{less:+.2f} ± {error:.2f}"]
-            cells += ["" if x is None else f"{x:.2f}" for x in drawn]
-            lines.append(f"| {label} | {' | '.join(cells)} |")
+    for record, label in [(records[name], label) for name, label in labels.items() if name in records]:
+        cells = [label]
+        for name in figures:
+            less, error = gain(record[name], last[name])
+            cells += [f"{mean(x for x in record[name] if x is not None):.2f}", f"{less:+.2f} ± {error:.2f}"]
+        drawn = [record.get("drawn", {}).get(name) for name in ("ess", "unfinished")]
+        lines.append(f"| {' | '.join([*cells, *map(two_places, drawn)])} |")
     return lines
 
 
@@ -184,9 +188,9 @@ def read_reports(folders: list[str]) -> list[dict]:
     missing = [folder for folder in folders if not Path(folder, "report.json").exists()]
     if missing or not folders:
         raise ValueError(f"no report.json in {', '.join(missing) or 'no folder'}; name finished runs of bolt.py")
-    reports = [json.loads(Path(folder, "report.json").read_text()) for folder in folders]
-    if not all("curves" in report for report in reports):
-        raise ValueError("a report.json is of an older version; run bolt.py again, with another --out")
+    reports = [read_json(Path(folder, "report.json")) for folder in folders]
+    if not all(isinstance(report, dict) and "curves" in report for report in reports):
+        raise ValueError("a report.json is of an older version, or none; run bolt.py again, with another --out")
     if any([*report["models"]] != [*reports[0]["models"]] for report in reports):
         raise ValueError(f"the runs have different models; name some with the --arms, --rounds and K of {folders[0]}")
     return reports
@@ -195,19 +199,19 @@ def read_reports(folders: list[str]) -> list[dict]:
 def plot(folders: list[str], path: str) -> None:
     """Draw accuracy, where hidden facts are needed, against compute: means over runs, bands of a standard error.
 
-    Raises ValueError where matplotlib is missing.
+    Raises ImportError where matplotlib is missing.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("a figure needs matplotlib: pip install matplotlib") from None
+        raise ImportError("a figure needs matplotlib: pip install matplotlib") from None
     runs = [report["curves"] for report in read_reports(folders)]
     known = next(iter(runs[0].values()))[0]
     wanted = next(name for name in ("needs a hidden fact", "accuracy", "nats per token") if name in known)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for number, label in enumerate(runs[0]):
-        points = np.array([[[p["compute"], p[wanted]] for p in run[label]] for run in runs])      # (run, point, 2)
+        points = np.array([[[p["compute"], p[wanted]] for p in run[label]] for run in runs], float)  # (run, point, 2)
         (x, y), error = points.mean(axis=0).T, points[:, :, 1].std(axis=0, ddof=len(runs) > 1) / len(runs) ** 0.5
         loop = label.startswith("EM")
         axes.plot(x, y, label=label, marker="os^vDPX*<>"[number % 10], linewidth=2.5 if label == "EM" else 1,
@@ -217,11 +221,12 @@ def plot(folders: list[str], path: str) -> None:
     axes.set_ylabel({"needs a hidden fact": "accuracy where a hidden fact is needed"}.get(wanted, wanted))
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right center", fontsize="small", frameon=False)
-    figure.savefig(path)
+    with whole_file(path) as file:
+        figure.savefig(file, format=Path(path).suffix[1:] or "svg")
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", help="run folders of bolt.py")
     parser.add_argument("--plot", default="", help="draw the figure into this file, .svg or .png")
     args = parser.parse_args(argv)
@@ -231,7 +236,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    script(main)

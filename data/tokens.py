@@ -37,11 +37,14 @@ def split(text: str, encoding: str) -> list[bytes]:
     return base.decode_tokens_bytes(base.encode_ordinary(text))
 
 
+def count_tokens(text: str, encoding: str) -> int:
+    return len(split(text, encoding))
+
+
 class Marked:
     """What all vocabularies have: after the ids of text, `text_ids` of them, come those of the markers."""
     text_ids: int
     special: list[int] = []     # ids before the markers that are no text either, and never drawn
-    of_base = False             # whether it came with an open base
 
     @cached_property
     def marker(self) -> dict[str, int]:
@@ -73,7 +76,7 @@ class Tokenizer(Marked):
 
     def count(self, text: str) -> int:
         """Tokens of any text, also of one with tokens that the vocabulary lacks."""
-        return len(split(text, self.encoding))
+        return count_tokens(text, self.encoding)
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, never a marker's. Raises ValueError where the vocabulary lacks a token."""
@@ -93,24 +96,14 @@ class Tokenizer(Marked):
         return {"encoding": self.encoding, "tokens": self.tokens}
 
 
+def is_of_base(state: dict) -> bool:
+    """Whether the tokenizer of a checkpoint, as `state` has it, came with an open base."""
+    return "spec" in state
+
+
 def tokenizer_from(state: dict) -> Tokenizer:
     """The tokenizer of a checkpoint: a corpus's, or an open base's."""
-    if "spec" in state:
+    if is_of_base(state):
         from data.bases import BaseTokenizer
         return BaseTokenizer(**state)
     return Tokenizer(**state)
-
-
-def tokens_of(texts, encoding: str) -> set[bytes]:
-    """The tokens that occur in some texts."""
-    return {token for text in texts for token in split(text, encoding)}
-
-
-def tokenizer_of(tokens: set[bytes], encoding: str) -> Tokenizer:
-    """The tokenizer that knows just these tokens of an encoding."""
-    return Tokenizer(encoding, tuple(sorted(tokens)))
-
-
-def tokenizer_for(texts, encoding: str) -> Tokenizer:
-    """The tokenizer of a corpus: the encoding, reduced to the tokens that occur in the texts."""
-    return tokenizer_of(tokens_of(texts, encoding), encoding)

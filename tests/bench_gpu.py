@@ -137,7 +137,7 @@ def speeds(report: Report, ranks, config: GPTConfig, rows: int, prompts: int, co
                            learning_rate=3e-3)
     optimizers, forward = make_optimizers(model, settings, device), Forward(model, "bfloat16", compile, ranks)
     batch = StepBatch(packed(config, rows, config.context, torch.device("cpu")), tokens, tokens, tokens, 0, Position())
-    step = seconds(lambda: train_step(model, forward, optimizers, batch, 0, settings, ranks), device)
+    step = seconds(lambda: train_step(model, forward, optimizers, batch, 1.0, settings, ranks), device)
     rate = model.training_flops(config.context) * tokens / step
     report.speed("training", tokens / step, rate / flops if on_gpu else None, 0.5, "the measured product")
     if datasheet:

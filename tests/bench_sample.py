@@ -23,6 +23,9 @@ these would help much, and compiling takes 16 to 31 s for 1.2 x. bmm + softmax f
 without a float32 copy gains 1.06. Sampling S spends 25% in the products with the weights and 21% in those of
 attention; the rest is spread over 60 small operations a layer. Keys and values that did not fill their memory cost 1.3
 x (products of parts of a tensor are first copied), a bfloat16 head gains 1.6 x in scoring M.
+
+On one with avx512_bf16 (2026-11-26) scoring S spends 56% in matrix products, which run at the rate of one large
+product, and 27% in scaled_dot_product_attention: with all the rest free it would be 1.2 x as fast.
 """
 import argparse
 import json
@@ -36,14 +39,16 @@ import torch
 
 import sample_latents
 from data.alchemy import prepare
-from data.corpus import encode_corpus, read_corpus, texts_of
+from data.corpus import read_corpus, texts_of
 from data.layout import TEXT, Layout, Sequence
 from data.loader import collate
 from data.run import Ranks, start_ranks
-from data.tokens import Tokenizer, tokenizer_for
+from data.tokens import Tokenizer
 from model import GPT, GPTConfig, read_checkpoint, restore
 from sample_latents import (SampleConfig, at_precision, e_step, effective_sample_size, generate, infer, places_to_infer,
-                            proposal_log_probs, resample, score_joint, survey, uniform_numbers, vocabulary_mask)
+                            proposal_log_probs, resample, score_joint, settled_sample, survey, uniform_numbers,
+                            vocabulary_mask)
+from tests.conftest import encode_corpus, tokenizer_for
 
 SIZES = {"S": dict(layers=4, width=256, heads=4, kv_heads=4, ffn=688, vocab_size=512),
          "M": dict(layers=12, width=768, heads=12, kv_heads=12, ffn=2048, vocab_size=50304),
@@ -158,7 +163,7 @@ def precision(args) -> dict:
     model, layout = restore(state), Layout(Tokenizer(**state["tokenizer"]))
     low, config = at_precision(model, "bfloat16"), SampleConfig(num_latents=args.k)
     documents = encode_corpus(read_corpus(args.data)[:args.prompts], layout.tokenizer)
-    places = [place for document in documents for place in places_to_infer(document)]
+    places = [place for document in documents for place in places_to_infer(layout, document)]
     drawn = infer(low, layout, places, config, 1)
     rows = drawn.finished.all(dim=-1)
     uniforms = uniform_numbers(0, "bench", (), (int(rows.sum()),))
@@ -200,9 +205,10 @@ def e_step_of_corpus(args) -> dict:
             return run
         model.hidden, model.logits, model.forward = clocked(model.hidden), clocked(model.logits), clocked(model.forward)
         start = time.perf_counter()
-        config, alone = SampleConfig(num_latents=args.k, rows=args.rows), Ranks(0, 1, torch.device(args.device))
+        alone = Ranks(0, 1, torch.device(args.device))
+        config = settled_sample(SampleConfig(num_latents=args.k, rows=args.rows), model.config, alone)
         raw, out = f"{folder}/raw.jsonl", f"{folder}/out.jsonl"
-        blocks = survey(raw, Layout(tokenizer), config, model.config.context)
+        [blocks] = survey(raw, Layout(tokenizer), config)
         figures = e_step(model, tokenizer, raw, blocks, config, 1, out, alone)
         whole = time.perf_counter() - start
     return {"tokens_per_second": round(figures["sampled_tokens"] / whole), "seconds": round(whole, 2),

@@ -87,7 +87,7 @@ def step(args, ranks: Ranks) -> dict:
         ids = torch.randint(model.config.vocab_size, (rows, length))[ranks.rank::ranks.world]
         batch = Batch(ids, ids, torch.zeros_like(ids), torch.full_like(ids, TEXT))
         batch = StepBatch(batch, rows * length, rows * length, rows * length, 0, Position())
-        train_step(model, forward, optimizers, batch, 0, config, ranks)
+        train_step(model, forward, optimizers, batch, 1.0, config, ranks)
     speeds = [rows * length / seconds for seconds in seconds_of(job, ranks.device, args.repeats)]
     peak = gemm_flops(rows * length // ranks.world, model.config, getattr(torch, args.dtype), ranks.device)
     speed = statistics.median(speeds)

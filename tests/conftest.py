@@ -1,13 +1,15 @@
 """Small models and corpora that the tests share. Tests marked slow run where RUN_SLOW=1, as in CI."""
+import contextlib
 import os
+import resource
 
 import pytest
 import torch
 
-from data.corpus import encode_document
+from data.corpus import CHUNK_TOKENS, Document, encode_document
 from data.layout import GIVEN, Layout
 from data.run import Ranks
-from data.tokens import Tokenizer, tokenizer_for
+from data.tokens import Tokenizer, split
 from model import GPT, GPTConfig
 
 
@@ -30,6 +32,26 @@ def random_model(vocab_size: int, seed: int = 0, **shape) -> GPT:
     with torch.no_grad():
         model.head.weight.copy_(torch.randn(model.head.weight.shape, generator=generator) * 0.2)
     return model
+
+
+def tokenizer_for(texts, encoding: str) -> Tokenizer:
+    """The tokenizer that knows just the tokens of some texts."""
+    return Tokenizer(encoding, tuple(sorted({token for text in texts for token in split(text, encoding)})))
+
+
+def encode_corpus(records: list[dict], tokenizer: Tokenizer, chunk_tokens: int = CHUNK_TOKENS) -> list[Document]:
+    return [encode_document(i, record, tokenizer, chunk_tokens) for i, record in enumerate(records)]
+
+
+@contextlib.contextmanager
+def full_disk(room: int):
+    """No file grows over so many bytes in here."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 RECORDS = [

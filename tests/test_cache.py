@@ -2,14 +2,14 @@
 another."""
 import json
 import os
+from pathlib import Path
 
 import pytest
 
 from data import cache
 from data.cache import TokenizedCorpus, from_bytes, open_source, to_bytes, vocabulary
-from data.corpus import encode_corpus, read_corpus, texts_of
-from data.tokens import tokenizer_for
-from tests.conftest import RECORDS
+from data.corpus import read_corpus, texts_of
+from tests.conftest import RECORDS, encode_corpus, tokenizer_for
 
 DRAWN = {"text": "a c", "chunks": [{"suffix": "a"}, {"suffix": " c", "latent": " d", "draws": [
     {"latent": " d", "latent_ids": None, "weight": 0.75}, {"latent": "", "latent_ids": [], "weight": 0.25}]}]}
@@ -68,17 +68,47 @@ def test_it_is_made_once_and_anew_where_anything_changes(corpus, records, monkey
     assert len(TokenizedCorpus(open_source(corpus), tokenizer)) == len(records) + 1
 
 
-def test_a_corpus_in_a_folder_that_cannot_be_written_has_its_files_among_the_temporary_ones(
-        corpus, records, monkeypatch, tmp_path):
-    """But what lies beside it is used."""
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
+def spoil(folder, how):
+    """The files of a cache as a user, a disk or another user leaves them."""
+    for file in list(folder.iterdir()):
+        content = file.read_bytes()
+        if how == "forbidden":
+            file.unlink()
+            file.mkdir()
+        elif how == "partly deleted":
+            file.unlink(missing_ok=file.suffix != ".vocabulary")
+        else:
+            file.write_bytes({"cut": content[:len(content) // 2], "empty": b"", "garbage": b"x" * len(content),
+                              "longer": content + b"\0" * 8}[how])
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "garbage", "longer", "partly deleted", "forbidden"])
+def test_what_is_not_whole_is_made_anew_in_the_next_place_that_can_be_written(corpus, records, monkeypatch, tmp_path,
+                                                                              how):
+    """Quietly: the same vocabulary and documents, whatever became of the files."""
     monkeypatch.setattr(cache.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
-    (tmp_path / "temporary").mkdir()
-    assert len(TokenizedCorpus(open_source(corpus), wide(records))) == len(records)
-    assert not os.path.exists(f"{corpus}.tokens") and (tmp_path / "temporary" / "corpus.jsonl.tokens").exists()
-    os.rename(tmp_path / "temporary" / "corpus.jsonl.tokens", f"{corpus}.tokens")
-    monkeypatch.setattr(cache, "tokenize_part", None)           # nobody may tokenise
-    assert len(TokenizedCorpus(open_source(corpus), wide(records))) == len(records)
+    monkeypatch.setattr(cache.tempfile, "mkdtemp", lambda: str(tmp_path / "last"))
+    for name in ("temporary", "last"):
+        (tmp_path / name).mkdir()
+    source, tokenizer = open_source(corpus), wide(records)
+    for place in (tmp_path / "corpus.jsonl.tokens", tmp_path / "temporary" / "corpus.jsonl.tokens", None):
+        tokens, documents = vocabulary(source, "words"), list(TokenizedCorpus(source, tokenizer))
+        assert tokens == set(tokenizer_for(texts_of(records, "words"), "words").tokens)
+        assert documents == encode_corpus(records, tokenizer)
+        if place and place.exists():
+            spoil(place, how)
+    assert any((tmp_path / "last").iterdir()) == (how == "forbidden")
+
+
+def test_a_flipped_byte_is_noticed_and_named(corpus, records):
+    """In any place of any document."""
+    tokenized = TokenizedCorpus(open_source(corpus), wide(records))
+    path, end = Path(tokenized.file.name), int(tokenized.starts[-1])
+    content = path.read_bytes()
+    for place in range(0, end, 7):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1:])
+        with pytest.raises(ValueError, match=f"{path} is damaged; delete it"):
+            list(TokenizedCorpus(open_source(corpus), wide(records)))
 
 
 def test_what_a_killed_or_a_second_process_left_does_not_count(corpus, records, monkeypatch):

@@ -5,15 +5,14 @@ import pytest
 
 from data import cache
 from data.cache import TokenizedCorpus, open_source, vocabulary
-from data.corpus import (check_record, encode_corpus, numbered_lines, read_corpus, read_document, split_into_chunks,
+from data.corpus import (check_record, numbered_lines, read_corpus, read_document, split_into_chunks,
                          split_into_sentences)
 from data.layout import Layout
 from data.loader import Position, Recipe, training_batches
-from data.tokens import tokenizer_for
 from sample_latents import places_to_infer
 import sample_latents
 from model import save_checkpoint
-from tests.conftest import random_model
+from tests.conftest import encode_corpus, random_model, tokenizer_for
 
 CHUNK = {"suffix": "a b", "latent": " c"}
 DRAW = {"latent": " c", "weight": 1.0}
@@ -46,6 +45,9 @@ BAD = [     # a line of a corpus, and what the complaint says
     (record(draws=[DRAW | {"weight": None}]), 'a draw needs a "weight"'),
     (record(draws=[DRAW | {"weight": "1"}]), '"weight" of a draw'), (record(draws=[DRAW | {"weight": -1}]), '"weight"'),
     (record(draws=[DRAW | {"weight": True}]), '"weight" of a draw'),
+    (record(draws=[DRAW | {"weight": 1e308}] * 2), '"weight" of a draw'),
+    (record(draws=[DRAW | {"weight": 10 ** 400}]), '"weight" of a draw'),
+    *[('{"text": "a b", "x": ' + "[" * depth + "]" * depth + "}", "nested too deeply") for depth in (2000, 3000)],
     (record(draws=[DRAW | {"latent": 3}]), '"latent" of a draw'), (record(draws=[DRAW | {"weight": 0}]), "above 0"),
     (record(draws=[DRAW | {"latent_ids": 3}]), '"latent_ids" of a draw'),
     ('{"text": "a b", "chunks": [{"suffix": "a b", "latent": " c", "draws": [{"latent": " c", "weight": NaN}]}]}',
@@ -76,7 +78,7 @@ def test_a_line_that_cannot_be_read_is_one_line_with_its_number(line, complaint,
         return TokenizedCorpus(open_source(str(path)), words)
 
     def drawn():
-        return sample_latents.survey(str(path), Layout(words), sample_latents.SampleConfig(), 256)
+        return sample_latents.survey(str(path), Layout(words), sample_latents.SampleConfig(chunk_tokens=9))
     for read in (whole, tokenised, drawn):
         if "another vocabulary" in complaint and read is whole:
             continue        # it has a corpus of its own, without a line
@@ -137,10 +139,10 @@ def test_redraw_takes_the_thought_of_every_form_away(document, words):
         document["chunks"][0]["latent_ids"] = words.encode(" c")
     line = json.dumps(document).encode()
     again = read_document("corpus", 0, line, words, without_latents=True)
-    assert len(places_to_infer(again)) == len(again.chunks) == 1 and not again.chunks[0].draws
+    assert len(places_to_infer(Layout(words), again)) == len(again.chunks) == 1 and not again.chunks[0].draws
     assert "latent" not in again.record and "latent" not in again.record["chunks"][0]
     has_one = " c" in str(document)
-    assert len(places_to_infer(read_document("corpus", 0, line, words))) == (not has_one)
+    assert len(places_to_infer(Layout(words), read_document("corpus", 0, line, words))) == (not has_one)
 
 
 def test_a_corpus_with_nothing_to_draw_says_so(words, tmp_path, capsys):

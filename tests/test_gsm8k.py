@@ -1,4 +1,5 @@
 """Laws of the GSM8K door, on three problems written in its format."""
+import codecs
 import json
 from pathlib import Path
 
@@ -55,9 +56,18 @@ def test_prepare_writes_disjoint_parts_that_do_not_depend_on_the_order_of_the_fi
 def test_bad_sources_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         main(["--source", "nowhere.jsonl", "--out", str(tmp_path)])
-    (tmp_path / "bad.jsonl").write_text("{}\n")
-    with pytest.raises(ValueError, match="not GSM8K"):
-        main(["--source", str(tmp_path / "bad.jsonl"), "--out", str(tmp_path)])
+    good = json.dumps(PROBLEMS[0]).encode() + b"\n"
+    for line, complaint in (
+            (b"{}", "is not GSM8K"), (b"[]", "is not GSM8K"),
+            (b'{"question": "a", "answer": "#### 4"}', "is not GSM8K"),
+            (b'{"question": "a", "answer": "<<4>>\\n#### 4"}', "is not GSM8K"),
+            (b'{"question": "a", "answer": "b #### 4 #### 5"}', "is not GSM8K"), (b'{"question": ', "Expecting value"),
+            (b'{"question": "a", "answer": "\\ud835\\n#### 4"}', "half a character"), (b'"\xe9"', "not UTF-8"),
+            (b"[" * 100_000, "nested too deeply")):
+        (tmp_path / "bad.jsonl").write_bytes(codecs.BOM_UTF8 + good + b"\r\n" + line + b"\n")
+        with pytest.raises(ValueError, match=f"bad.jsonl:3: .*{complaint}"):
+            main(["--source", str(tmp_path / "bad.jsonl"), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
     (tmp_path / "few.jsonl").write_text(json.dumps(PROBLEMS[0]) + "\n")
     with pytest.raises(ValueError, match="--raw"):
         main(["--source", str(tmp_path / "few.jsonl"), "--out", str(tmp_path)])

@@ -16,26 +16,31 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 OURS = {"model": "model.py", "sample_latents": "sample_latents.py", "train": "train.py", "bolt": "bolt.py",
         **{f"data.{name}": f"data/{name}.py"
-           for name in ("tokens", "corpus", "cache", "layout", "loader", "run", "report", "bases")},
+           for name in ("tokens", "corpus", "cache", "layout", "loader", "run", "plan", "report", "bases", "evaluate")},
         **{f"data.alchemy.{name}": f"data/alchemy/{name}.py" for name in ("world", "prepare", "claims")}}
 PICTURE = {
-    "model": set(), "data.run": set(), "data.report": set(), "data.alchemy.world": set(),
-    "data.tokens": {"data.bases"}, "data.bases": {"data.tokens", "model"},
-    "data.alchemy.prepare": {"data.alchemy.world"},
+    "model": set(), "data.run": set(), "data.plan": set(), "data.report": {"data.run"}, "data.alchemy.world": set(),
+    "data.tokens": {"data.bases"}, "data.bases": {"data.run", "data.tokens", "model"},
+    "data.alchemy.prepare": {"data.alchemy.world", "data.run"},
     "data.alchemy.claims": {"data.alchemy.world", "data.report"},
     "data.corpus": {"data.tokens"},
     "data.cache": {"data.corpus", "data.run", "data.tokens"},
     "data.layout": {"data.corpus", "data.tokens"},
     "data.loader": {"data.corpus", "data.layout", "data.run"},
-    "train": {"model", "data.cache", "data.layout", "data.loader", "data.run", "data.tokens", "data.alchemy.prepare",
-              "data.bases"},
-    "sample_latents": {"model", "data.corpus", "data.layout", "data.loader", "data.report", "data.run", "data.tokens"},
-    "bolt": {"train", "sample_latents", "model", "data.corpus", "data.layout", "data.loader", "data.report", "data.run",
-             "data.tokens", "data.alchemy", "data.alchemy.prepare", "data.alchemy.world"},
+    "train": {"model", "data.cache", "data.corpus", "data.layout", "data.loader", "data.run", "data.tokens",
+              "data.alchemy.prepare", "data.bases"},
+    "sample_latents": {"model", "data.cache", "data.corpus", "data.layout", "data.loader", "data.report", "data.run",
+                       "data.tokens"},
+    "data.evaluate": {"sample_latents", "model", "data.corpus", "data.layout", "data.report", "data.run", "data.tokens",
+                      "data.alchemy", "data.alchemy.world"},
+    "bolt": {"train", "sample_latents", "model", "data.cache", "data.corpus", "data.evaluate", "data.layout",
+             "data.loader", "data.plan", "data.report", "data.run", "data.tokens", "data.alchemy",
+             "data.alchemy.prepare", "data.alchemy.world"},
 }
 LAZY = {"data.bases"}       # a door, imported where a folder or a checkpoint of its kind is opened, inside functions
 # packages of a door, imported inside its functions alone
-OPTIONAL = {"data/report.py": {"matplotlib"}, "data/bases.py": {"safetensors", "tokenizers"}}
+OPTIONAL = {"data/report.py": {"matplotlib"}, "data/bases.py": {"safetensors", "tokenizers"},
+            "data/finemath/prepare.py": {"datasets", "fsspec", "pyarrow"}, "data/teacher.py": {"openai"}}
 
 
 FILES = [*ROOT.glob("*.py"), *ROOT.glob("data/**/*.py")]
@@ -82,17 +87,20 @@ def test_the_file_map_is_true():
     assert files == set(rows)
 
 
-def commands():
-    """Every command of the README that runs a script or a module of ours."""
-    for block in re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.DOTALL):
+def commands(page: str = README):
+    """Every command of a page that runs a script or a module of ours."""
+    for block in re.findall(r"```(?:bash|sh)\n(.*?)```", page, re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             for part in line.split("#")[0].split("&&"):
                 if re.search(r"\b[\w/]+\.py\b|-m (data|tests)\.", part):
                     yield part.strip()
 
 
-@pytest.mark.parametrize("command", sorted(set(commands())))
-def test_commands_of_the_readme_parse(command):
+PAGES = [README, *(path.read_text() for path in ROOT.glob("data/*.md"))]
+
+
+@pytest.mark.parametrize("command", sorted({command for page in PAGES for command in commands(page)}))
+def test_commands_of_the_pages_parse(command):
     """The script exists and its --help knows every flag."""
     words = shlex.split(command)
     place = next(i for i, word in enumerate(words) if word.endswith(".py") or word.startswith(("data.", "tests.")))
@@ -105,7 +113,7 @@ def test_commands_of_the_readme_parse(command):
 
 
 def test_the_readme_is_short():
-    assert len(set(commands())) >= 6 and len(README.splitlines()) <= 200 and len(README.split()) <= 2350
+    assert len(set(commands())) >= 6 and len(README.splitlines()) <= 225 and len(README.split()) <= 2600
 
 
 FORKS = re.findall(r"```diff\n--- (\S+)\n(.*?)```", README, re.DOTALL)

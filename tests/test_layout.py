@@ -6,11 +6,18 @@ import pytest
 from data.corpus import (check_record, CHUNK_TOKENS, encode_document, read_corpus, split_into_chunks,
                          split_into_sentences, texts_of)
 from data.layout import GIVEN, LATENT, MARKER, TEXT, Layout
-from data.tokens import Tokenizer, tokenizer_for
+from data.tokens import Tokenizer
+from tests.conftest import tokenizer_for
 
 
 def spell(layout, ids):
     return layout.tokenizer.decode(ids)
+
+
+def joint_of(layout, document, chunk):
+    """What is scored of a chunk with a latent: BOS C SOL PRIOR z EOL x, of which the prompt is given."""
+    scored = layout.thought_and_text(document, chunk, document.chunks[chunk].latent)
+    return scored.after(layout.prior_prompt(document, chunk))
 
 
 BOS, EOS, SOL, EOL = "<|BEGIN_OF_TEXT|>", "<|END_OF_TEXT|>", "<|START_OF_LATENT|>", "<|END_OF_LATENT|>"
@@ -39,7 +46,7 @@ def test_a_chunk_without_latent_is_plain_or_told_that_there_is_no_thought(layout
 def test_sampling_and_scoring_condition_on_the_same_context(layout, documents):
     """The prompt of q and the given part of p differ in markers and x only; z, EOL and x are what the joint counts."""
     assert spell(layout, layout.posterior_prompt(documents[1], 1)) == f"{BOS}a a{SOL}{EOL} c d{SOL}{POST}"
-    joint = layout.joint(documents[1], 1, documents[1].chunks[1].latent)
+    joint = joint_of(layout, documents[1], 1)
     assert spell(layout, joint.ids) == f"{BOS}a a{SOL}{PRIOR} b{EOL} c d"
     assert [kind != GIVEN for kind in joint.kinds] == [False] * 5 + [True] * 4
 
@@ -51,7 +58,7 @@ def test_training_sampling_and_scoring_see_the_same_ids(layout, documents):
     posterior = layout.document(document, [False, False]).ids
     prior = layout.document(document, [False, True]).ids
     assert posterior[:len(layout.posterior_prompt(document, 1))] == layout.posterior_prompt(document, 1)
-    assert prior[:-1] == layout.joint(document, 1, document.chunks[1].latent).ids
+    assert prior[:-1] == joint_of(layout, document, 1).ids
 
 
 def test_a_latent_of_a_whole_document_makes_it_one_chunk():

@@ -6,12 +6,13 @@ from dataclasses import replace
 import torch
 
 from data.alchemy import prepare
-from data.corpus import Chunk, Document, encode_corpus, read_corpus, texts_of
+from data.corpus import Chunk, Document, read_corpus, texts_of
 from data.layout import GIVEN, LATENT, TEXT, Layout, Sequence
 from data.loader import (GROUP, Position, Recipe, collate, deal, epoch_rows, lay_out, pack, packed_rows,
                          training_batches, windows)
 from data.run import Ranks
-from data.tokens import BOS, EOS, POST, PRIOR, tokenizer_for
+from data.tokens import BOS, EOS, POST, PRIOR
+from tests.conftest import encode_corpus, tokenizer_for
 
 
 def sequence(n, start=0):

@@ -183,8 +183,25 @@ def test_checkpoint_comes_back_whole(tmp_path, tied):
     (tmp_path / "half.pt").write_bytes((tmp_path / "ckpt.pt").read_bytes()[:1000])
     with pytest.raises(ValueError, match="not a whole checkpoint"):
         read_checkpoint(str(tmp_path / "half.pt"))
-    with pytest.raises(FileNotFoundError, match="python train.py"):
+    with pytest.raises(FileNotFoundError, match="give a run folder of train.py"):
         read_checkpoint(str(tmp_path / "none.pt"))
+
+
+def test_a_changed_byte_of_a_checkpoint_is_noticed(tmp_path):
+    """Wherever it is, weights or anything else: the file is refused, or says what it said."""
+    path, random, refused = tmp_path / "ckpt.pt", np.random.default_rng(0), 0
+    save_checkpoint(str(path), random_model(V, layers=1, width=8, ffn=8), step=7)
+    content, before = path.read_bytes(), read_checkpoint(str(path))
+    before["model"] = {name: weight.clone() for name, weight in before["model"].items()}
+    for place in random.integers(len(content), size=300):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << random.integers(8)]) + content[place + 1:])
+        try:
+            state = read_checkpoint(str(path))
+            assert state["step"] == 7 and state["model_config"] == before["model_config"]
+            assert all(torch.equal(weight, before["model"][name]) for name, weight in state["model"].items())
+        except ValueError:
+            refused += 1
+    assert refused > 100
 
 
 def test_a_checkpoint_is_loaded_without_making_weights_first(tmp_path, monkeypatch):

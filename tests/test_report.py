@@ -1,7 +1,9 @@
 """Laws of report.py and claims.py: verdicts follow from the records, differences are paired, the best of a baseline
 counts."""
 import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -106,7 +108,7 @@ def test_the_figure_is_small_and_needs_matplotlib(tmp_path, monkeypatch):
         plot(folders[:count], str(tmp_path / "figure.svg"))
         assert 1000 < (tmp_path / "figure.svg").stat().st_size < 200_000
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ValueError, match="pip install matplotlib"):
+    with pytest.raises(ImportError, match="pip install matplotlib"):
         plot(folders, str(tmp_path / "other.svg"))
 
 
@@ -119,3 +121,18 @@ def test_curves_are_the_rounds_of_a_loop_and_the_checks_of_a_baseline():
     curves = curves_of(on_the_way, {"warm": "warm start", "em": "EM", "k4": "EM, K = 4", "raw_total": "raw"})
     assert {label: [point["compute"] for point in points] for label, points in curves.items()} == {
         "warm start": [0.25], "EM": [0.25, 0.5, 1.0], "raw": [0.5, 1.0]}
+
+
+def test_the_learning_curve_of_the_readme_is_drawn(tmp_path, monkeypatch):
+    """From metrics.jsonl as train.py writes it."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    readme = Path(__file__).resolve().parent.parent / "README.md"
+    code = re.findall(r"```python\n(import json.*?)```", readme.read_text(), re.DOTALL)[0]
+    (tmp_path / "runs" / "train").mkdir(parents=True)
+    rows = [{"kind": kind, "tokens": 10 * n, "nll_text": 1 / n} for n in (1, 2) for kind in ("train", "held-out")]
+    (tmp_path / "runs" / "train" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    drawn = {}
+    monkeypatch.setattr(pyplot, "plot", lambda x, y: drawn.update(zip(x, y)))
+    exec(code, {})
+    assert drawn == {10: 1.0, 20: 0.5}

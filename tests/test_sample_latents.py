@@ -4,7 +4,9 @@ file.
 The enumerable world: three words and six markers, of which only the words and EOL can be drawn, so that all thoughts of
 up to two words can be listed with their exact probabilities.
 """
+import codecs
 import copy
+import io
 import itertools
 import json
 import math
@@ -19,16 +21,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sample_latents
+from data import cache
 from data.corpus import encode_document, read_corpus
 from data.layout import TEXT, Layout, Sequence
 from data.run import Ranks
-from data.tokens import tokenizer_for
 from model import read_checkpoint, restore, save_checkpoint
 from sample_latents import (SampleConfig, annotate, at_precision, effective_sample_size, e_step, generate,
-                            importance_bound, infer, inverse_cdf, latent_uniforms, length_batches,
+                            importance_bound, infer, inverse_cdf, latent_uniforms, length_batches, load,
                             log_importance_weights, main, places_to_infer, proposal_log_probs, propose, resample, score,
-                            score_joint, survey, uniform_numbers, vocabulary_mask)
-from tests.conftest import log_prob_of, random_model
+                            score_joint, survey, think, uniform_numbers, vocabulary_mask, weigh)
+from tests.conftest import full_disk, log_prob_of, random_model, tokenizer_for
 
 CAP = 3        # max_latent_tokens of the enumerated world: thoughts of 0, 1 or 2 words finish, others do not
 
@@ -43,6 +45,11 @@ def small():
     return model, layout, (encode_document(0, record, tokenizer), 1)
 
 
+def joint(layout, place, latent):
+    """BOS C SOL PRIOR z EOL x: the sum over all but the given ids is log p(z, x | C)."""
+    return layout.thought_and_text(*place, list(latent)).after(layout.prior_prompt(*place))
+
+
 def enumerate_thoughts(model, layout, place, temperature):
     """Every finished thought with its exact log p(z, x | C) and log q(z | x, C), each from one uncached forward
     pass."""
@@ -50,7 +57,7 @@ def enumerate_thoughts(model, layout, place, temperature):
     banned, table = vocabulary_mask(model, others), []
     for length in range(CAP):
         for thought in itertools.product(range(3), repeat=length):
-            log_p = log_prob_of(model, layout.joint(*place, list(thought)))
+            log_p = log_prob_of(model, joint(layout, place, thought))
             drawn = [*thought, layout.eol]
             prompt = layout.posterior_prompt(*place)
             logits = model.logits(model.hidden(torch.tensor([prompt + drawn[:-1]])))[0, len(prompt) - 1:]
@@ -235,8 +242,11 @@ def test_progress_counts_every_draw_once(small):
     model, layout, (document, c) = small
     told = []
     generate(model, [layout.posterior_prompt(document, c)] * 5, uniform_numbers(3, "x", (), (5, 7, 9)), rows=14,
-             stop=[layout.eol], banned=[], ended=told.append)
-    assert sum(told) == 35 and len([n for n in told if n]) > 3
+             stop=[layout.eol], banned=[], progress=told.append)
+    assert sum(told) == pytest.approx(35) and len([n for n in told if n]) > 3
+    told.clear()
+    infer(model, layout, [(document, c)] * 5, SampleConfig(num_latents=7, max_latent_tokens=9), 0, told.append)
+    assert sum(told) == pytest.approx(2 * 35)       # drawn and scored
 
 
 def test_rows_that_are_looked_at_now_and_then_draw_the_same(small, monkeypatch):
@@ -390,7 +400,7 @@ def test_scoring_after_a_shared_prompt_equals_scoring_whole(documents, layout, m
     places = [(documents[0], 1), (documents[1], 1), (documents[1], 0), (documents[3], 1)]
     latents = [[[0], [1, 2, 3, 4, 0]], [[], [2, 2]], [[1], [1]], [[3, 3, 3], []]]
     log_joint, _ = score_joint(model, layout, places, latents)
-    whole = [[log_prob_of(model, layout.joint(*place, z)) for z in draws] for place, draws in zip(places, latents)]
+    whole = [[log_prob_of(model, joint(layout, place, z)) for z in draws] for place, draws in zip(places, latents)]
     torch.testing.assert_close(log_joint, torch.tensor(whole), atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="context of 16"):
         score_joint(model, layout, places[:1], [[[0] * 12]])
@@ -460,9 +470,13 @@ def stage(tmp_path):
     return tmp_path
 
 
+def flags_of(stage, out, *more):
+    return ["--checkpoint", str(stage / "ckpt.pt"), "--data", str(stage / "corpus.jsonl"), "--out", str(stage / out),
+            "--device", "cpu", "--num_latents", "4", "--max_latent_tokens", "6", "--block_chunks", "7", *more]
+
+
 def run_main(stage, out, *flags):
-    main(["--checkpoint", str(stage / "ckpt.pt"), "--data", str(stage / "corpus.jsonl"), "--out", str(stage / out),
-          "--device", "cpu", "--num_latents", "4", "--max_latent_tokens", "6", "--block_chunks", "7", *flags])
+    main(flags_of(stage, out, *flags))
     return (stage / out).read_bytes()
 
 
@@ -537,23 +551,66 @@ def test_a_killed_run_continues_to_the_same_bytes(stage, monkeypatch, stop_at):
     assert not blocks.exists() and figures_in(stage, "killed.jsonl") == figures_in(stage, "whole.jsonl")
 
 
+def test_a_full_disk_is_named_and_the_same_command_goes_on(stage):
+    """Nothing half-written is left, and the end is that of a run that had room."""
+    whole = run_main(stage, "whole.jsonl")
+    with full_disk(2500), pytest.raises(OSError, match="could not write .*blocks/000000000.jsonl .*make room"):
+        run_main(stage, "out.jsonl")
+    assert not list(stage.rglob("*.tmp")) and not (stage / "out.jsonl").exists()
+    with full_disk(len(whole) // 2), pytest.raises(OSError, match="could not write .*joined"):
+        run_main(stage, "out.jsonl")
+    assert run_main(stage, "out.jsonl") == whole and not list(stage.rglob("*.tmp"))
+
+
 def test_ranks_divide_the_blocks_and_write_the_same_bytes(stage):
     """Rank 1 of two does every second block; rank 0 the others and the merging."""
     whole = run_main(stage, "whole.jsonl")
     state = read_checkpoint(str(stage / "ckpt.pt"))
     model = restore(state)
     tokenizer = sample_latents.Tokenizer(**state["tokenizer"])
-    config, out = SampleConfig(num_latents=4, max_latent_tokens=6, block_chunks=7), str(stage / "two.jsonl")
+    config = SampleConfig(num_latents=4, max_latent_tokens=6, block_chunks=7, dtype="float32")
+    out = str(stage / "two.jsonl")
     corpus = str(stage / "corpus.jsonl")
-    blocks = survey(corpus, Layout(tokenizer), config, model.config.context)
+    [blocks] = survey(corpus, Layout(tokenizer), config)
     Silent = type("Silent", (Ranks,), {"barrier": lambda self: None})
-    (stage / "two.jsonl.run").mkdir()
-    (stage / "two.jsonl.run" / "chosen.json").write_text('{"dtype": "float32"}')         # as rank 0 would have
     with pytest.raises(FileNotFoundError):
         e_step(model, tokenizer, corpus, blocks, config, 1, out, Silent(1, 2, torch.device("cpu")))
     assert len(list((stage / "two.jsonl.run" / "blocks").glob("*.json"))) == 2
     e_step(model, tokenizer, corpus, blocks, config, 1, out, Silent(0, 2, torch.device("cpu")))
     assert (stage / "two.jsonl").read_bytes() == whole
+
+
+def test_jobs_that_know_nothing_of_each_other_draw_parts_and_the_last_joins_them(stage, capsys):
+    whole = run_main(stage, "whole.jsonl")
+    for number in (3, 1, 2):
+        assert not (stage / "parts.jsonl").exists()
+        main(flags_of(stage, "parts.jsonl", "--part", f"{number}/3"))
+    assert (stage / "parts.jsonl").read_bytes() == whole and "are left to others" in capsys.readouterr().out
+    main(flags_of(stage, "parts.jsonl", "--part", "1/3"))          # once more does no harm
+    for part in ("0/3", "4/3", "x", "1", "1/2/3"):
+        with pytest.raises(ValueError, match="--part"):
+            main(flags_of(stage, "x.jsonl", "--part", part))
+
+
+@pytest.mark.slow
+def test_jobs_at_different_times_of_which_one_is_killed_draw_the_same_bytes(stage):
+    """The killed one's part is done by the same command again; two with one part are one too many. One thread each, as
+    here: more may round otherwise."""
+    whole, root = run_main(stage, "whole.jsonl"), Path(sample_latents.__file__).parent
+
+    def job(number):
+        command = [sys.executable, "sample_latents.py", *flags_of(stage, "parts.jsonl", "--part", f"{number}/3")]
+        return subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    first, killed = job(1), job(2)
+    while not (stage / "parts.jsonl.run" / "part_2_of_3" / ".lock").exists():
+        assert killed.poll() is None
+    killed.kill()
+    killed.wait()
+    assert first.wait() == 0
+    again, last = job(2), job(3)
+    assert again.wait() == last.wait() == 0 or b"in use" in again.stderr.read() + last.stderr.read()
+    assert job(1).wait() == 0
+    assert (stage / "parts.jsonl").read_bytes() == whole and not list(stage.rglob("*.jsonl.*.tmp"))
 
 
 @pytest.mark.slow
@@ -658,14 +715,27 @@ def test_blocks_hold_whole_documents_with_about_so_many_chunks(tmp_path, layout)
     counts = [1, 1, 0, 5, 1, 1, 1, 1, 0]
     documents = [{"text": "a" * n, "chunks": [{"suffix": "a"}] * n} for n in counts]
     path.write_text("".join(json.dumps(document) + "\n" for document in documents))
-    blocks = survey(str(path), layout, SampleConfig(block_chunks=3, max_latent_tokens=4), context=32)
-    assert blocks == [(3, 2), (1, 5), (3, 3), (2, 1)]
+    config = SampleConfig(block_chunks=3, max_latent_tokens=4)
+    assert survey(str(path), layout, config) == [[(0, 3, 2), (3, 1, 5), (4, 3, 3), (7, 2, 1)]]
+    assert survey(str(path), layout, config, slices=2) == [[(0, 3, 2), (3, 1, 5)], [(4, 3, 3), (7, 2, 1)]]
+    assert survey(str(path), layout, config, slices=9)[1:3] == [[(1, 1, 1)], [(2, 1, 0)]]
+
+
+def test_all_cores_survey_a_large_corpus_alike(tmp_path, layout, monkeypatch):
+    """The same blocks, and a line that is no document named all the same."""
+    path, config = tmp_path / "corpus.jsonl", SampleConfig(block_chunks=4, max_latent_tokens=4, chunk_tokens=16)
+    path.write_text("".join(json.dumps({"text": "a" + " a" * (n % 5)}) + "\n" for n in range(40)))
+    [blocks] = survey(str(path), layout, config)
+    monkeypatch.setattr(cache, "PART_BYTES", 200)
+    assert survey(str(path), layout, config) == [blocks] and len(blocks) == 10
+    with open(path, "a") as file:
+        file.write('{"text": 1}\n')
+    with pytest.raises(ValueError, match="corpus.jsonl:41: "):
+        survey(str(path), layout, config)
 
 
 @pytest.mark.parametrize("line, message", [
-    ("{\"text\": ", "corpus.jsonl:2: "), ('{"text": "zebra"}', "corpus.jsonl:2: 'zebra'.*vocabulary"),
-    ('{"text": "a b c d a b c d a b c d a b c d a b c d a b c d a b c d"}',
-     "corpus.jsonl:2: the prompt of chunk 0 has .* context of 32")])
+    ("{\"text\": ", "corpus.jsonl:2: "), ('{"text": "zebra"}', "corpus.jsonl:2: 'zebra'.*vocabulary")])
 def test_a_bad_line_is_named_before_the_model_is_loaded(stage, monkeypatch, line, message):
     monkeypatch.setattr(sample_latents, "restore", lambda *arguments: pytest.fail("the model was loaded"))
     (stage / "corpus.jsonl").write_text('{"text": "a b"}\n' + line + "\n")
@@ -695,5 +765,93 @@ def test_prompt_thinks_then_answers(stage, capsys):
     assert set(shown) == {"prompt", "thought", "answer"} and shown["prompt"] == "a b c"
 
 
-def test_places_to_infer_are_the_observed_chunks_without_thought(documents):
-    assert [c for _, c in places_to_infer(documents[1])] == [0] and places_to_infer(documents[0]) == []
+def test_several_prompts_come_from_the_standard_input_and_thoughts_are_drawn(stage, capsys, monkeypatch):
+    """As lines of a corpus are read: a byte order mark, CRLF and blank lines do no harm."""
+    flags = ["--checkpoint", str(stage), "--device", "cpu", "--prompt", "-", "--thoughts", "3", "--temperature", "2",
+             "--max_latent_tokens", "6"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(codecs.BOM_UTF8 + b"a b\r\n\n \na c d\n")))
+    main(flags)
+    words = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert words == (["prompt"] + ["thought", "answer"] * 3) * 2
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a b\n\xe9\n")))
+    with pytest.raises(ValueError, match="--prompt:2: the file is not UTF-8"):
+        main(flags)
+
+
+def test_a_text_of_ones_own_is_thought_about_and_weighed(stage):
+    """From a run folder, as functions: the figures are those of the E-step on the same text."""
+    model, layout = load(str(stage))
+    config = SampleConfig(num_latents=6, max_latent_tokens=6)
+    thoughts, bound = weigh(model, layout, "a b", " c", config)
+    assert sum(weight for weight, _ in thoughts) == pytest.approx(1, abs=1e-5)
+    assert thoughts == sorted(thoughts, reverse=True) and len(thoughts) == 6
+    document = encode_document(0, CORPUS[7], layout.tokenizer)
+    assert document.record["text"] == "a b c"
+    evidence = infer(model, layout, [(document, 1)], config, round=0)
+    assert bound == importance_bound(evidence.log_weights).item()
+    (thought, answer), = think(model, layout, "a b", config)
+    assert think(model, layout, "a b", config, draws=4) == think(model, layout, "a b", config, draws=4)
+    assert isinstance(thought, str) and isinstance(answer, str)
+
+
+def test_places_to_infer_are_the_observed_chunks_without_thought(documents, layout):
+    assert [c for _, c in places_to_infer(layout, documents[1])] == [0]
+    assert places_to_infer(layout, documents[0]) == []
+
+
+# ---- texts that do not fit -------------------------------------------------------------------------------------
+
+def test_where_C_has_no_room_the_evidence_is_that_of_the_C_that_is_left(small):
+    """C loses its oldest chunks first, in sampling and scoring alike; by enumeration the mean weight is then the sum of
+    p(z, x | that C)."""
+    model, layout, _ = small
+    record = {"text": " a b c a", "chunks": [{"suffix": " a", "given": True}, {"suffix": " b c", "given": True},
+                                             {"suffix": " a"}]}
+    document = encode_document(0, record, layout.tokenizer)
+    texts = {}
+    for room, left in ((4, " a b c"), (3, " b c"), (2, ""), (1, "")):
+        tight = Layout(layout.tokenizer, room + CAP + 5, CAP)
+        assert tight.fits(document, 2) and len(tight.posterior_prompt(document, 2)) + CAP <= room + CAP + 5
+        texts[left] = [layout.tokenizer.decode(prompt[1:1 + len(left.split())]) for prompt in (
+            tight.context(document, 2), tight.prior_prompt(document, 2), tight.posterior_prompt(document, 2),
+            tight.direct_prompt(document, 2, True))]
+        assert set(texts[left]) == {left}
+    tight = Layout(layout.tokenizer, 3 + CAP + 5, CAP)
+    evidence = infer_many((model, tight, (document, 2)), 1.0, chunks=300, draws=40)
+    exact = sum(math.exp(log_p) for _, log_p, _ in enumerate_thoughts(model, tight, (document, 2), 1.0))
+    weights = evidence.log_weights.exp().flatten()
+    assert abs(weights.mean().item() - exact) < 4 * (weights.std() / len(weights) ** 0.5).item()
+    other = sum(math.exp(log_p) for _, log_p, _ in enumerate_thoughts(model, layout, (document, 2), 1.0))
+    assert abs(other - exact) > 8 * (weights.std() / len(weights) ** 0.5).item()
+
+
+def test_one_long_document_does_not_stop_a_corpus(stage):
+    """Its chunks without room stay plain, others lose C; both are counted, and everything else is drawn as before."""
+    run_main(stage, "before.jsonl")
+    lines = (stage / "corpus.jsonl").read_text()
+    chunks = [{"suffix": "a" + " b" * 16}, {"suffix": " c" * 40}, {"suffix": " d" * 5}]
+    record = {"text": "".join(chunk["suffix"] for chunk in chunks), "chunks": chunks}
+    (stage / "corpus.jsonl").write_text(lines + json.dumps(record) + "\n")
+    run_main(stage, "after.jsonl")
+    before, after = (read_corpus(str(stage / name)) for name in ("before.jsonl", "after.jsonl"))
+    assert after[:21] == before[:21]        # but for the block that it is in
+    figures = figures_in(stage, "after.jsonl")
+    assert (figures["chunks"], figures["too_long"], figures["cut_context"]) == (27, 1, 1)
+    assert ["log_joint" in chunk for chunk in after[-1]["chunks"]] == [True, False, True]
+
+
+def test_a_text_is_split_so_that_it_fits_a_small_model(stage):
+    """The cap of a chunk is a quarter of the context where nothing else is said; C then has its three chunks."""
+    tokenizer = tokenizer_for(["a b c\n"], "words")
+    save_checkpoint(str(stage / "ckpt.pt"), random_model(tokenizer.vocab_size, context=32), tokenizer=tokenizer.state())
+    (stage / "corpus.jsonl").write_text(json.dumps({"text": "a b c\n" * 30}) + "\n")
+    run_main(stage, "out.jsonl")
+    record, = read_corpus(str(stage / "out.jsonl"))
+    assert {chunk["suffix"].count("\n") for chunk in record["chunks"]} == {2}         # of 4 tokens each; 8 are allowed
+    assert figures_in(stage, "out.jsonl")["too_long"] == 0
+    run_main(stage, "small.jsonl", "--chunk_tokens", "4")
+    record, = read_corpus(str(stage / "small.jsonl"))
+    assert {chunk["suffix"] for chunk in record["chunks"]} == {"a b c\n"}
+    with pytest.raises(ValueError, match="leave no room for text in a context of 32"):
+        run_main(stage, "x.jsonl", "--max_latent_tokens", "27")
+    assert not list(stage.glob("x.jsonl*"))

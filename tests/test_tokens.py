@@ -3,7 +3,8 @@ import os
 
 import pytest
 
-from data.tokens import MARKERS, SOL, Tokenizer, split, tokenizer_for
+from data.tokens import MARKERS, SOL, Tokenizer, split
+from tests.conftest import tokenizer_for
 
 
 @pytest.mark.parametrize("text", ["Mix fire, salt and moss; get gold.", "", " \n\t two  spaces", "émoji 🜁 ok\r\n",

@@ -13,18 +13,19 @@
 Every list of ingredients belongs to one of the parts gold, raw and held-out (by a hash), so no part shares a prefix
 with another. Prints what it wrote; with the defaults: 800 gold, 2000 raw, 400 held-out documents, about 100 probes.
 """
-import argparse
 import hashlib
 import itertools
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.alchemy.world import SUBSTANCES, World, make_world  # noqa: E402
+from data.run import option, parse_config, script, write_whole  # noqa: E402
 
 SHARES = {"gold": 0.2, "raw": 0.5, "held_out": 0.3}
 
@@ -93,27 +94,26 @@ def prepare(out: str, seed: int = 0, gold: int = 800, raw: int = 2000, held_out:
     parts = {"gold": draw_part(world, "gold", gold, seed), "oracle": draw_part(world, "raw", raw, seed),
              "held_out": draw_part(world, "held_out", held_out, seed), "probes": all_probes(world, seed)}
     parts["raw"] = [without_thoughts(document) for document in parts["oracle"]]
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     texts = {f"{part}.jsonl": "".join(json.dumps(d) + "\n" for d in documents) for part, documents in parts.items()}
     for name, text in (texts | {"world.json": world.to_json()}).items():
-        temporary = folder / f"{name}.tmp"
-        temporary.write_text(text)
-        os.replace(temporary, folder / name)
+        write_whole(Path(out, name), text)
     return {part: len(documents) for part, documents in parts.items()}
 
 
+@dataclass(frozen=True)
+class AlchemyConfig:
+    out: str = option(os.path.dirname(os.path.abspath(__file__)), "folder of the corpus")
+    seed: int = option(0, "of the table and the documents", at_least=0)
+    gold: int = option(800, "documents with thoughts", above=0)
+    raw: int = option(2000, "documents without", above=0)
+    held_out: int = option(400, "documents for evaluation", above=0)
+    failure: float = option(0.1, "probability that a reaction fails", at_least=0, at_most=1)
+
+
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default=os.path.dirname(os.path.abspath(__file__)), help="folder of the corpus")
-    parser.add_argument("--seed", type=int, default=0, help="of the table and the documents [0]")
-    parser.add_argument("--gold", type=int, default=800, help="documents with thoughts [800]")
-    parser.add_argument("--raw", type=int, default=2000, help="documents without [2000]")
-    parser.add_argument("--held_out", type=int, default=400, help="documents for evaluation [400]")
-    parser.add_argument("--failure", type=float, default=0.1, help="probability that a reaction fails [0.1]")
-    counts = prepare(**vars(parser.parse_args(argv)))
+    counts = prepare(**vars(parse_config(AlchemyConfig(), argv, __doc__)))
     print("alchemy:", ", ".join(f"{count} {part}" for part, count in counts.items()), "documents")
 
 
 if __name__ == "__main__":
-    main()
+    script(main)
