@@ -289,6 +289,8 @@ def end_with_parent() -> None:
             ours.join()         # also of one that is gone already
         os._exit(1)
     threading.Thread(target=watch, args=(os.getppid(),), daemon=True).start()
+    if sys.platform == "linux":         # kills also where Python, at its own end, runs no threads any more
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
 
 
 def start_ranks(device: str = "auto") -> Ranks:

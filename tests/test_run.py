@@ -193,6 +193,21 @@ def test_an_early_interrupt_ends_a_run(tmp_path, wait):
     assert process.wait(timeout=20) != 0
 
 
+@pytest.mark.parametrize("doing", ["time.sleep(60)", pytest.param(
+    "late = type('Late', (), {'__del__': lambda self, sleep=time.sleep: sleep(60)})()",
+    marks=pytest.mark.skipif(sys.platform != "linux", reason="only there the kernel ends a process with its parent"))])
+def test_a_process_ends_with_the_one_that_started_it(doing):
+    """At work, and while Python, at its own end, runs no threads any more."""
+    child = f"import time; from data.run import end_with_parent; end_with_parent(); print('up', flush=True); {doing}"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    process = subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "up\n"
+    time.sleep(0.5)         # until the child is at it
+    process.kill()
+    begin = time.time()
+    assert process.stdout.read() == "" and time.time() - begin < 20     # which ends when the child has closed it
+
+
 def test_a_reader_that_has_had_enough_is_no_error():
     """`| head`: the end comes quietly."""
     talk = "import sys; sys.path.insert(0, '.'); from data.run import script; " \

@@ -507,6 +507,18 @@ def test_two_processes_do_what_one_does(corpus, tmp_path):
     torch.testing.assert_close(weights(restore(one)), weights(restore(two)), atol=1e-4, rtol=1e-3)
 
 
+def wait_until_free(folder, seconds=10):
+    """Until no process has a run folder."""
+    end = time.time() + seconds
+    with open(folder / ".lock") as lock:
+        while True:
+            try:
+                return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                assert time.time() < end, f"{folder} is held"
+            time.sleep(0.1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [["train.py"], TORCHRUN])
 def test_kill_minus_9_and_again_gives_the_same_weights(corpus, tmp_path, launcher):
@@ -521,9 +533,7 @@ def test_kill_minus_9_and_again_gives_the_same_weights(corpus, tmp_path, launche
         assert process.poll() is None
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    time.sleep(1)       # much less than the next torchrun needs to import torch
-    with open(tmp_path / "killed" / ".lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    wait_until_free(tmp_path / "killed")
     assert read_checkpoint(str(tmp_path / "killed" / "ckpt.pt"))["state"]["step"] < 200
     subprocess.run(command, cwd=root, check=True)
     one, two = (restore(read_checkpoint(str(tmp_path / name / "ckpt.pt"))) for name in ("whole", "killed"))
