@@ -84,7 +84,8 @@ def main(argv=None) -> None:
     names = [name for name in names if name != "oracle" or name in lab.corpora]
     beside = [name for name in BESIDE if name in names] if two_processes(ranks) else []
     todo = make_plan(lab, names)
-    ranks.say(announcement(lab, todo, beside))
+    todo.guess = guess_seconds(lab, todo.left(), beside) if todo.left() else 0.0
+    ranks.say(announcement(lab, todo))
     ranks = replace(ranks, stage=todo.stage)
     with second_process(config, beside, todo, ranks):
         run_arms(replace(lab, ranks=ranks), [name for name in names if name not in beside])
@@ -453,23 +454,27 @@ def make_plan(lab: Lab, names: list[str]) -> Plan:
     return Plan(config.out, costs)
 
 
-def announcement(lab: Lab, todo: Plan, beside: list[str]) -> str:
-    """What a run will do, and about how long that takes: by the time of a training step."""
-    config, left, alone = lab.config, todo.left(), Ranks(0, 1, lab.ranks.device)
-    if not left:
-        return f"{config.out}: all {len(todo.costs)} models are there"
+def guess_seconds(lab: Lab, costs: dict[str, float], beside: list[str]) -> float:
+    """How long models of some costs take, from the time of a training step."""
+    config, alone = lab.config, Ranks(0, 1, lab.ranks.device)
     model = new_model(config.train, copy.deepcopy(lab.base), lab.tokenizer).to(lab.ranks.device)
-    forward = Forward(model, lab.config.sample.dtype, False, alone)
+    forward = Forward(model, config.sample.dtype, False, alone)
     batch = next(training_batches(lab.corpora["gold"], lab.layout, config.train, Position(), alone))
     job = partial(backward, forward, batch, config.train.micro_batch_rows, alone)
     per_pass = min(timeit.repeat(job, number=1, repeat=3)) / (3 * batch.num_tokens) / lab.ranks.world
-    second = sum(cost for name, cost in left.items() if name.split("/")[0] in beside)
-    longest = max(sum(left.values()) - second, second) * (1.5 if beside else 1)
-    corpora = lab.corpora | {"held_out": lab.held_out.documents}
+    second = sum(cost for name, cost in costs.items() if name.split("/")[0] in beside)
+    return per_pass * max(sum(costs.values()) - second, second) * (1.5 if beside else 1)
+
+
+def announcement(lab: Lab, todo: Plan) -> str:
+    """What a run will do, and about how long that takes."""
+    left, corpora = todo.left(), lab.corpora | {"held_out": lab.held_out.documents}
+    if not left:
+        return f"{todo.out}: all {len(todo.costs)} models are there"
     counts = ", ".join(f"{len(documents)} {name}" for name, documents in corpora.items())
     names = ", ".join(dict.fromkeys(name.split("/")[0] for name in left))
-    return (f"{config.out}: {counts} documents, {lab.ranks.device}\n"
-            f"{len(left)} of {len(todo.costs)} models to train, about {in_words(per_pass * longest)}: {names}")
+    return (f"{todo.out}: {counts} documents, {lab.ranks.device}\n"
+            f"{len(left)} of {len(todo.costs)} models to train, about {in_words(todo.guess)}: {names}")
 
 
 # ---- the corpora -----------------------------------------------------------------------------------------------

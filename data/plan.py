@@ -17,7 +17,7 @@ class Plan:
     def __init__(self, out: str, costs: dict[str, float]):
         """costs: folder of a model -> about what it takes in forward passes of a token."""
         self.out, self.costs, self.started = out, costs, time.time()
-        self.at_start = self.left()
+        self.at_start, self.guess = self.left(), 0.0        # seconds for all that is left, until a model is done
 
     def left(self) -> dict[str, float]:
         """What is not done yet."""
@@ -26,7 +26,7 @@ class Plan:
 
     def stage(self) -> str:
         """For the front of a bar: which of the models it is about, and the time left at the speed so far."""
-        left, number = self.left(), len(self.costs)
+        left, number, passed = self.left(), len(self.costs), time.time() - self.started
         spent = sum(self.at_start.values()) - sum(left.values())
-        seconds = (time.time() - self.started) * sum(left.values()) / spent if spent else 0
-        return f"[{min(number, number - len(left) + 1)}/{number}{f', {in_words(seconds)} left' * bool(spent)}] "
+        seconds = passed * sum(left.values()) / spent if spent else max(0.0, self.guess - passed)
+        return f"[{min(number, number - len(left) + 1)}/{number}, {in_words(seconds)} left] "

@@ -20,6 +20,7 @@ from bolt import BoltConfig, Lab, main, open_lab
 from data.alchemy.claims import thought_quality
 from data.corpus import read_corpus
 from data.evaluate import final_answer, per_document
+from data.plan import Plan
 from data.report import per_unit, read_records
 from data.run import Ranks
 from sample_latents import places_to_infer
@@ -50,6 +51,19 @@ def finished(corpus, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "tiny"
     main(["--data", str(corpus), "--out", str(out), "--arms", ",".join(WHOLE), *TINY])
     return out
+
+
+def test_a_stage_says_what_is_left(tmp_path, monkeypatch):
+    """By the guess until a model is done, then by the speed so far."""
+    plan = Plan(str(tmp_path), {"warm": 1.0, "em/round_1": 3.0})
+    plan.guess, begin = 80.0, plan.started
+    monkeypatch.setattr("time.time", lambda: begin + 10)
+    assert plan.stage() == "[1/2, 70 s left] "
+    (tmp_path / "warm").mkdir()
+    (tmp_path / "warm/step_last.json").touch()
+    assert plan.stage() == "[2/2, 30 s left] "
+    monkeypatch.setattr("time.time", lambda: begin + 600)
+    assert plan.stage() == "[2/2, 30 min left] "
 
 
 def test_every_arm_is_in_the_report(finished):
