@@ -8,7 +8,6 @@ forward passes of a token.
 """
 import argparse
 import itertools
-import json
 import math
 from collections import Counter
 from pathlib import Path

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 import bolt
+import sample_latents
 import train
 from bolt import BoltConfig, Lab, main, open_lab
 from data.alchemy.claims import thought_quality
@@ -203,24 +205,25 @@ def test_more_rounds_are_refused_before_anything_is_dropped_where_the_learning_r
     main([*argv, "--keep_models", "last", "--train.log_every", "3", "--train.recompute"])
 
 
-@pytest.mark.slow
-def test_the_commands_that_a_report_ends_with_run_as_they_stand(corpus, tmp_path):
+def test_the_commands_that_a_report_ends_with_run_as_they_stand(corpus, tmp_path, monkeypatch, capsys):
     """Three, whatever folders are called and however long the held-out text is."""
-    root, data = os.path.dirname(bolt.__file__), tmp_path / "my corpus"
+    data, scripts = tmp_path / "my corpus", {"bolt.py": main, "sample_latents.py": sample_latents.main}
     shutil.copytree(corpus, data, ignore=shutil.ignore_patterns("world.json", "probes.jsonl"))
     long = [{"text": f"Mix {'ash, tin and lead; ' * 30}", "chunks": None}]
     held_out = (data / "held_out.jsonl").read_text()
     (data / "held_out.jsonl").write_text("".join(json.dumps(line) + "\n" for line in long) + held_out)
     for more, last in (["--rounds", "1"], "--rounds 3"), (["--raw_slices", "2"], "held_out.jsonl'"):
         argv = ["--data", str(data), "--out", str(tmp_path / f"run {last[:3]}"), "--arms", "em", *TINY[2:], *more]
-        subprocess.run([sys.executable, "bolt.py", *argv], cwd=root, check=True, capture_output=True)
+        monkeypatch.setattr(sys, "argv", ["bolt.py", *argv])
+        main(argv)
         report = (tmp_path / f"run {last[:3]}" / "report.md").read_text()
         commands = [line.strip() for line in report.split("Next:")[1].splitlines() if line.strip()]
         assert len(commands) == 3 and commands[2].endswith(last)
         for command in commands:
-            command = command.replace("python ", f"{sys.executable} ", 1)
-            done = subprocess.run(command, shell=True, cwd=root, capture_output=True, text=True)
-            assert done.returncode == 0 and done.stdout, (command, done.stderr)
+            python, script, *words = shlex.split(command)
+            capsys.readouterr()
+            scripts[script](words)
+            assert python == "python" and capsys.readouterr().out, command
 
 
 def test_raw_text_without_anything_to_think_about_is_refused(corpus, tmp_path):

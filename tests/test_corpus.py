@@ -113,7 +113,8 @@ def test_a_line_ends_at_a_newline_and_nothing_else(content, tmp_path, monkeypatc
     path.write_bytes(content.encode())
     texts = [json.loads(line)["text"] for line in LINES]
     assert [record["text"] for record in read_corpus(str(path))] == texts
-    monkeypatch.setattr(cache, "PART_BYTES", 1)
+    monkeypatch.setattr(cache, "PART_BYTES", 1)         # a part a line
+    monkeypatch.setattr(cache, "on_all_cores", lambda job, path, title: map(job, cache.parts_of(path)))
     source = open_source(str(path))
     tokenizer = tokenizer_for(texts, "words")
     assert vocabulary(source, "words") == set(tokenizer.tokens)

@@ -1,5 +1,6 @@
 """Laws of the house: the README's commands parse, its file map is true, and modules import what the picture shows."""
 import ast
+import functools
 import json
 import re
 import shlex
@@ -99,17 +100,23 @@ def commands(page: str = README):
 PAGES = [README, *(path.read_text() for path in ROOT.glob("data/*.md"))]
 
 
+@functools.cache
+def help_of(script: str) -> str:
+    words = [script] if script.endswith(".py") else ["-m", script]
+    shown = subprocess.run([sys.executable, *words, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    return shown.stdout
+
+
 @pytest.mark.parametrize("command", sorted({command for page in PAGES for command in commands(page)}))
 def test_commands_of_the_pages_parse(command):
     """The script exists and its --help knows every flag."""
     words = shlex.split(command)
     place = next(i for i, word in enumerate(words) if word.endswith(".py") or word.startswith(("data.", "tests.")))
-    script = [words[place]] if words[place].endswith(".py") else ["-m", words[place]]
-    shown = subprocess.run([sys.executable, *script, "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert shown.returncode == 0, shown.stderr
+    shown = help_of(words[place])
     for word in words[place + 1:]:
         if word.startswith("--"):
-            assert re.search(rf"{re.escape(word.split('=')[0])}\b", shown.stdout), word
+            assert re.search(rf"{re.escape(word.split('=')[0])}\b", shown), word
 
 
 def test_the_readme_is_short():

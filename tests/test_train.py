@@ -525,7 +525,7 @@ def test_kill_minus_9_and_again_gives_the_same_weights(corpus, tmp_path, launche
     """Processes killed in the middle, then the same command: the same bits of weights, with one process and with two,
     which torchrun has in sessions of their own and leaves alive."""
     root = Path(train_module.__file__).parent
-    long = ["--steps", "200", "--checkpoint_every", "20"]
+    long = ["--steps", "100", "--checkpoint_every", "10"]
     subprocess.run([sys.executable, *launcher, *flags(corpus, tmp_path / "whole", *long)], cwd=root, check=True)
     command = [sys.executable, *launcher, *flags(corpus, tmp_path / "killed", *long)]
     process = subprocess.Popen(command, cwd=root, start_new_session=True)
@@ -534,7 +534,7 @@ def test_kill_minus_9_and_again_gives_the_same_weights(corpus, tmp_path, launche
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     wait_until_free(tmp_path / "killed")
-    assert read_checkpoint(str(tmp_path / "killed" / "ckpt.pt"))["state"]["step"] < 200
+    assert read_checkpoint(str(tmp_path / "killed" / "ckpt.pt"))["state"]["step"] < 100
     subprocess.run(command, cwd=root, check=True)
     one, two = (restore(read_checkpoint(str(tmp_path / name / "ckpt.pt"))) for name in ("whole", "killed"))
     assert torch.equal(weights(one), weights(two))
