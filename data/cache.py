@@ -11,7 +11,6 @@ that can be written. Memory does not grow with the corpus.
 import contextlib
 import hashlib
 import itertools
-import json
 import marshal
 import multiprocessing
 import os
@@ -25,7 +24,7 @@ from typing import Callable, Iterable, Iterator
 import numpy as np
 
 from data.corpus import CHUNK_TOKENS, Chunk, Document, numbered_lines, read_document, read_record, texts_of
-from data.run import progress_bar, sha256_of, whole_file, write_whole
+from data.run import progress_bar, sha256_of, whole_file
 from data.tokens import Tokenizer, split, tokenizer_from
 
 PART_BYTES = 2 ** 23        # of a corpus that a core tokenises at a time
@@ -91,6 +90,19 @@ def on_all_cores(job: Callable, path: str, title: str) -> Iterator:
             bar.update(PART_BYTES)
 
 
+def sealed(value) -> bytes:
+    """A value of plain types, after a checksum."""
+    content = marshal.dumps(value)
+    return zlib.crc32(content).to_bytes(4) + content
+
+
+def unsealed(record: bytes):
+    """The inverse of `sealed`. Raises ValueError where a byte of it is another."""
+    if zlib.crc32(record[4:]).to_bytes(4) != record[:4]:
+        raise ValueError("damaged; delete it, and it is made anew")
+    return marshal.loads(record[4:])
+
+
 def tokens_of_part(part: Part, source: Source, encoding: str) -> set[bytes]:
     records = (read_record(source.path, *numbered) for numbered in part)
     return {token for text in texts_of(records, encoding, source.chunk_tokens) for token in split(text, encoding)}
@@ -99,12 +111,13 @@ def tokens_of_part(part: Part, source: Source, encoding: str) -> set[bytes]:
 def vocabulary(source: Source, encoding: str) -> set[bytes]:
     """The tokens that occur in a corpus. Raises ValueError with file:line."""
     def read(file: Path) -> set[bytes]:
-        return {token.encode("latin-1") for token in json.loads(file.read_bytes())}
+        return set(unsealed(file.read_bytes()))
 
     def make(file: Path) -> None:
         job = partial(tokens_of_part, source=source, encoding=encoding)
         tokens = set().union(*on_all_cores(job, source.path, "vocabulary"))
-        write_whole(file, json.dumps(sorted(token.decode("latin-1") for token in tokens)))
+        with whole_file(file) as out:
+            out.write(sealed(sorted(tokens)))
     return source.cached(f"{encoding}.vocabulary", read, make)
 
 
@@ -119,16 +132,13 @@ def tokenizer_of_corpora(sources: Iterable[Source], encoding: str, start: dict |
 # ---- the tokenised corpus --------------------------------------------------------------------------------------
 
 def to_bytes(document: Document) -> bytes:
-    """What training needs of a document, after a checksum."""
-    content = marshal.dumps([(c.suffix, c.latent, c.given, c.draws, c.weights) for c in document.chunks])
-    return zlib.crc32(content).to_bytes(4) + content
+    """What training needs of a document."""
+    return sealed([(c.suffix, c.latent, c.given, c.draws, c.weights) for c in document.chunks])
 
 
 def from_bytes(index: int, record: bytes) -> Document:
     """The inverse of `to_bytes`. Raises ValueError where a byte of it is another."""
-    if zlib.crc32(record[4:]).to_bytes(4) != record[:4]:
-        raise ValueError("damaged; delete it, and it is made anew")
-    return Document(index, [Chunk(*parts) for parts in marshal.loads(record[4:])], {})
+    return Document(index, [Chunk(*parts) for parts in unsealed(record)], {})
 
 
 def tokenize_part(part: Part, source: Source, tokenizer: Tokenizer) -> list[bytes]:

@@ -111,6 +111,15 @@ def test_a_flipped_byte_is_noticed_and_named(corpus, records):
             list(TokenizedCorpus(open_source(corpus), wide(records)))
 
 
+def test_a_vocabulary_with_a_flipped_byte_is_made_anew(corpus):
+    source = open_source(corpus)
+    tokens, (path,) = vocabulary(source, "words"), Path(f"{corpus}.tokens").glob("*.vocabulary")
+    content = path.read_bytes()
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1:])
+        assert vocabulary(source, "words") == tokens and path.read_bytes() == content
+
+
 def test_what_a_killed_or_a_second_process_left_does_not_count(corpus, records, monkeypatch):
     source = open_source(corpus)
     monkeypatch.setattr(os, "replace", lambda *paths: None)       # killed before the first rename
