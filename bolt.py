@@ -301,6 +301,8 @@ class BoltConfig:
         if self.train.seed or self.sample.seed or self.train.chunk_tokens:
             raise ValueError("--train.seed and --sample.seed follow from --seed here, --train.chunk_tokens from "
                              "--sample.chunk_tokens; set those")
+        if not self.out:
+            raise ValueError("--out is empty; give a folder")
         if self.base and self.encoding != "words":
             raise ValueError("--base brings its vocabulary along; leave --encoding out")
 
@@ -503,10 +505,15 @@ def open_lab(config: BoltConfig, ranks: Ranks) -> Lab:
     config, base = with_rounds(config), read_start(config.base, ranks)
     is_folder = config.data and not os.path.isfile(config.data)
     folder = Path(config.data if is_folder else f"{config.out}/corpus")
+    if not is_folder and config.data and Path(config.data).resolve().parent == folder.resolve():
+        raise ValueError(f"--data {config.data} lies where its parts are written, {folder}; give another --out")
     if not is_folder and ranks.main and not Path(config.out, "config.json").exists():
         parts = split_corpus(config.data, config.seed, config.held_out) if config.data else {}
         hold(config.out)
-        shutil.rmtree(folder, ignore_errors=True)       # what a run of another corpus left, that did not begin
+        for name in CORPORA:        # what a run of another corpus left, that did not begin
+            (folder / f"{name}.jsonl").unlink(missing_ok=True)
+            shutil.rmtree(folder / f"{name}.jsonl.tokens", ignore_errors=True)
+        (folder / "world.json").unlink(missing_ok=True)
         for name, lines in parts.items():
             write_whole(folder / f"{name}.jsonl", b"".join(lines).decode())
         if not parts:

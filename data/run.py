@@ -480,6 +480,8 @@ def folder_beside(out: str) -> Path:
     """OUT.run, the run folder of a single file, with what is not the file itself. Raises ValueError where the file is
     there without it, and so is none of ours."""
     folder = Path(f"{out}.run")
+    if not os.path.basename(out):
+        raise ValueError(f"--out {out!r} names no file; give one")
     if os.path.exists(out) and not (folder / "config.json").exists():
         raise ValueError(f"{out} is there without its {folder}; give another --out, or delete it")
     return folder
