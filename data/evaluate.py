@@ -2,6 +2,7 @@
 
 So bolt.py evaluates its models, and with `--evaluate CKPT --data FILE` any other one.
 """
+import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -86,18 +87,25 @@ def final_answer(text: str) -> str:
 
 def answers_right(held_out: HeldOut, model: GPT, documents: list[Document], mode: str,
                   progress=lambda n: None) -> list[bool]:
-    """Whether the greedy answer in the last chunk is the document's. mode: thought, no_thought or raw."""
-    layout, places = held_out.layout, [(document, len(document.chunks) - 1) for document in documents]
-    longest = min(max(len(document.chunks[-1].suffix) for document in documents) + 2, layout.room)
-    sample, thinks = held_out.sample, mode == "thought"
+    """Whether the greedy answer in the last chunk is the document's. mode: thought, no_thought or raw.
+
+    Answers of like length are written together: a long one takes no room from the C of the others.
+    """
+    layout, sample, thinks, right = held_out.layout, held_out.sample, mode == "thought", {}
     prompt = layout.prior_prompt if thinks else partial(layout.direct_prompt, no_thought=mode == "no_thought")
-    prompts = [prompt(*place, text_tokens=longest) for place in places]
-    if thinks:      # a thought that reaches its cap is closed there, since an answer is wanted all the same
-        thoughts = complete(model, layout, prompts, [layout.eol], sample.max_latent_tokens, sample.rows, progress)
-        prompts = [[*prompt, *thought, layout.eol] for prompt, thought in zip(prompts, thoughts)]
-    answers = complete(model, layout, prompts, [layout.eos, layout.sol], longest, sample.rows, progress)
-    return [final_answer(layout.tokenizer.decode(ids)) == document.record.get("answer")
-            for ids, document in zip(answers, documents)]
+
+    def room_for(index: int) -> int:
+        return min(layout.room, 2 ** (len(documents[index].chunks[-1].suffix) + 1).bit_length())
+    for room, group in itertools.groupby(sorted(range(len(documents)), key=room_for), room_for):
+        group = list(group)
+        prompts = [prompt(documents[i], len(documents[i].chunks) - 1, text_tokens=room) for i in group]
+        if thinks:      # a thought that reaches its cap is closed there, since an answer is wanted all the same
+            thoughts = complete(model, layout, prompts, [layout.eol], sample.max_latent_tokens, sample.rows, progress)
+            prompts = [[*prompt, *thought, layout.eol] for prompt, thought in zip(prompts, thoughts)]
+        answers = complete(model, layout, prompts, [layout.eos, layout.sol], room, sample.rows, progress)
+        right |= {i: final_answer(layout.tokenizer.decode(ids)) == documents[i].record.get("answer")
+                  for i, ids in zip(group, answers)}
+    return [right[i] for i in range(len(documents))]
 
 
 # ---- one model -------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import train
 from bolt import BoltConfig, Lab, main, open_lab
 from data.alchemy.claims import thought_quality
 from data.corpus import read_corpus
-from data.evaluate import final_answer, per_document
+from data.evaluate import answers_right, final_answer, per_document
 from data.plan import Plan
 from data.report import per_unit, read_records
 from data.run import Ranks, folder_beside
@@ -167,6 +167,23 @@ def test_what_has_no_room_is_left_out_and_the_run_ends(corpus, tmp_path, context
     figures = json.loads((tmp_path / "run" / "em" / "round_1" / "step_last.json").read_text())["e_step"]
     assert (figures["cut_context"] > 0) == (context < 40) and figures["chunks"] == 30
     assert ("fewer chunks before them" in capsys.readouterr().out) == (context < 40)
+
+
+def test_a_long_answer_takes_nothing_from_the_others(corpus, tmp_path, monkeypatch):
+    """Every document's answer is asked for after the same text, whatever documents there are beside it."""
+    lab = open_lab(BoltConfig(data=str(corpus), out=str(tmp_path), device="cpu"), Ranks(0, 1, torch.device("cpu")))
+    documents, asked = lab.held_out.documents[:4], []
+    chunk = documents[0].chunks[-1]
+    long = replace(documents[0], chunks=[*documents[0].chunks[:-1], replace(chunk, suffix=chunk.suffix * 90)])
+
+    def complete(model, layout, prompts, *others):
+        asked.extend(map(tuple, prompts))
+        return [[] for _ in prompts]
+    monkeypatch.setattr("data.evaluate.complete", complete)
+    answers_right(lab.held_out, None, documents, "raw")
+    alone, asked[:] = set(asked), []
+    assert len(answers_right(lab.held_out, None, [*documents, long], "raw")) == 5
+    assert len(asked) == 5 and alone <= set(asked)
 
 
 def test_what_a_user_has_in_the_folder_of_a_run_stays(corpus, tmp_path):
