@@ -75,10 +75,11 @@ def config_of(source: dict, path: Path) -> GPTConfig:
     """What a config.json says of a model. Raises ValueError for what this GPT does not do."""
     def fits(value, whole: bool) -> bool:
         return type(value) is int if whole else type(value) in (int, float) and 0 < value < math.inf
-    kind, rope = source.get("model_type"), {}
-    for part in (source.get("rope_scaling") or {}, source.get("rope_parameters") or {}):
-        refuse(path, (not isinstance(part, dict), f"has rope scaling {part}; nanoBoLT takes llama3's, or none"))
-        rope |= part
+    kind = source.get("model_type")
+    two = [part for part in (source.get("rope_scaling"), source.get("rope_parameters")) if part]
+    rope = two[0] if two else {}
+    refuse(path, (two[1:] and two[0] != two[1], "has rope_scaling and rope_parameters that differ; keep one of them"),
+           (not isinstance(rope, dict), f"has rope scaling {rope}; nanoBoLT takes llama3's, or none"))
     scaling = rope.get("rope_type") or rope.get("type") or "default"
     defaults = {"num_key_value_heads": source.get("num_attention_heads"), "head_dim": 0, "rms_norm_eps": 1e-6,
                 "rope_theta": 10000}

@@ -44,6 +44,7 @@ Write the thoughts themselves, as they would have been thought before the passag
 passage or yourself, do not repeat its sentences, add no heading and no comment. Be concrete and brief."""
 USER = "<text_before>\n{before}\n</text_before>\n\n<passage>\n{text}\n</passage>\n\nThe thoughts behind the passage:"
 THINKING, ANSWERING = (re.compile(mark, re.IGNORECASE) for mark in (r"<think(?:ing)?>", r"</think(?:ing)?>"))
+WHOLE = (None, "", "stop", "eos", "eos_token", "stop_sequence")     # how an answer that was not cut off ends
 REFUSED = (400, 413, 422)       # of a prompt that a server will not take, as one that is too long
 
 
@@ -123,7 +124,7 @@ def thought_of(message, reasoning: bool) -> str:
 def why_rejected(thought: str, text: str, finish: str | None, max_words: int) -> str:
     """Why an answer is no thought about a text; empty where it is one."""
     words, of_text = thought.lower().split(), text.lower().split()
-    if finish in ("length", "content_filter"):
+    if finish not in WHOLE:
         return "cut off"
     if thought != thought.encode(errors="ignore").decode():
         return "half a character"

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 import bolt  # noqa: E402
 import sample_latents  # noqa: E402
 import train  # noqa: E402
-from data.bases import BaseTokenizer, export, lossless, read_base  # noqa: E402
+from data.bases import BaseTokenizer, config_of, export, lossless, read_base  # noqa: E402
 from data.corpus import encode_document  # noqa: E402
 from data.layout import Layout  # noqa: E402
 from data.tokens import BOS, EOL, EOS, MARKERS, POST, PRIOR, SOL, tokenizer_from  # noqa: E402
@@ -106,6 +106,15 @@ FAMILIES = {
     "a head size of its own": LLAMA | {"head_dim": 20}, "odd": LLAMA | {"hidden_size": 36, "intermediate_size": 37},
     "qwen2": QWEN, "qwen2 tied": QWEN | {"tie_word_embeddings": True, "num_key_value_heads": 6},
 }
+
+
+@pytest.mark.parametrize("scaling", [SCALING, {"type": "yarn", "factor": 4.0}, {"rope_type": "linear", "factor": 2.0}])
+def test_two_ropes_that_differ_are_refused(scaling):
+    """As a model card has one add to what transformers 5 wrote."""
+    with pytest.raises(ValueError, match="rope_scaling and rope_parameters that differ; keep one"):
+        config_of(LLAMA | {"rope_parameters": {"rope_type": "default"}, "rope_scaling": scaling}, Path("config.json"))
+    same = config_of(LLAMA | {"rope_parameters": SCALING, "rope_scaling": SCALING}, Path("config.json"))
+    assert same.rope_factor == SCALING["factor"]
 
 
 def tensors_of(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -89,6 +89,16 @@ def test_what_comes_late_or_in_another_shard_is_read_as_it_stands(tmp_path, caps
     assert found[5]["chunks"] == thought["chunks"]
 
 
+def test_parts_of_a_folder_that_are_written_into_it_do_not_overlap(tmp_path):
+    """A corpus of ours in the folder is none of its files, but where it is named."""
+    (tmp_path / "part.jsonl").write_text("".join(json.dumps({"text": f"t{i}"}) + "\n" for i in range(4)))
+    for name, more in (("a", []), ("b", ["--skip", "2"])):
+        main(["--source", str(tmp_path), "--out", str(tmp_path / f"{name}.jsonl"), "--limit", "2", *more])
+    main(["--source", str(tmp_path / "b.jsonl"), "--out", str(tmp_path / "c.jsonl")])
+    for name, texts in (("a", ["t0", "t1"]), ("b", ["t2", "t3"]), ("c", ["t2", "t3"])):
+        assert [document["text"] for document in read_corpus(str(tmp_path / f"{name}.jsonl"))] == texts
+
+
 @pytest.mark.parametrize("column, chunks", [
     (["a", None], [{"suffix": "a"}]), ([{"suffix": "a"}, None], [{"suffix": "a"}]), ([], None), ([None], None),
     ({"suffix": None, "latent": None}, None), ([{"suffix": None, "latent": None}], None),

@@ -164,11 +164,12 @@ def test_answers_come_in_many_forms(tmp_path, capsys):
               "t1": [{"content": "It follows.", "usage": {}}], "t2": [{"content": "It follows.", "usage": None}],
               "t3": [{"content": "half \ud83d a character"}],
               "t4": [{"content": "It foll", "finish": "content_filter"}],
-              "t5": [{"content": "It follows.", "finish": None}], "t6": ["413"]}
-    corpus(tmp_path, [f"t{i}" for i in range(8)])
+              "t5": [{"content": "It follows.", "finish": None}], "t6": ["413"],
+              "t8": [{"content": "It foll", "finish": "abort"}], "t9": [{"content": "It foll", "finish": "error"}]}
+    corpus(tmp_path, [f"t{i}" for i in range(10)])
     found = latents(run(tmp_path, Server(faults), "--concurrency", "4"))
-    assert found == ["It follows."] * 3 + [None] * 2 + ["It follows.", None, f"{THOUGHT} t7"]
-    assert "3 answers rejected" in capsys.readouterr().out
+    assert found == ["It follows."] * 3 + [None] * 2 + ["It follows.", None, f"{THOUGHT} t7", None, None]
+    assert "5 answers rejected" in capsys.readouterr().out
 
 
 def test_chunks_whose_requests_always_fail_can_be_left_plain(tmp_path, capsys):

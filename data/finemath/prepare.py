@@ -77,12 +77,14 @@ def kind_of(path: str) -> str | None:
 
 
 def local_files(source: str) -> list[str]:
-    """The files of a path, a pattern or a folder, but for those beside our own outputs; none where it is none."""
+    """The files of a path, a pattern or a folder (there but for our own outputs and what is beside them); none where it
+    is none."""
     source = os.path.expanduser(source)
     paths = [source] if os.path.exists(source) else glob(source)
     inside = [glob(f"{glob_escape(path)}/**", recursive=True) if os.path.isdir(path) else [path] for path in paths]
     return sorted(path for part in inside for path in part if os.path.isfile(path) and kind_of(path)
-                  and ".run/" not in path and os.path.basename(path) not in INFO)
+                  and ".run/" not in path and (path in paths or not os.path.exists(f"{path}.run"))
+                  and os.path.basename(path) not in INFO)
 
 
 def hub_files(name: str, subset: str, split: str) -> list[str]:
