@@ -84,7 +84,7 @@ def main(argv=None) -> None:
     names = [name for name in names if name != "oracle" or name in lab.corpora]
     beside = [name for name in BESIDE if name in names] if two_processes(ranks) else []
     todo = make_plan(lab, names)
-    todo.guess = guess_seconds(lab, todo.left(), beside) if todo.left() else 0.0
+    todo.guess = guess_seconds(lab, todo.left(), beside)
     ranks.say(announcement(lab, todo))
     ranks = replace(ranks, stage=todo.stage)
     with second_process(config, beside, todo, ranks):
@@ -301,8 +301,6 @@ class BoltConfig:
         if self.train.seed or self.sample.seed or self.train.chunk_tokens:
             raise ValueError("--train.seed and --sample.seed follow from --seed here, --train.chunk_tokens from "
                              "--sample.chunk_tokens; set those")
-        if not self.out:
-            raise ValueError("--out is empty; give a folder")
         if self.base and self.encoding != "words":
             raise ValueError("--base brings its vocabulary along; leave --encoding out")
 
@@ -458,6 +456,8 @@ def make_plan(lab: Lab, names: list[str]) -> Plan:
 
 def guess_seconds(lab: Lab, costs: dict[str, float], beside: list[str]) -> float:
     """How long models of some costs take, from the time of a training step."""
+    if not costs:
+        return 0.0
     config, alone = lab.config, Ranks(0, 1, lab.ranks.device)
     model = new_model(config.train, copy.deepcopy(lab.base), lab.tokenizer).to(lab.ranks.device)
     forward = Forward(model, config.sample.dtype, False, alone)
@@ -505,21 +505,20 @@ def open_lab(config: BoltConfig, ranks: Ranks) -> Lab:
     config, base = with_rounds(config), read_start(config.base, ranks)
     is_folder = config.data and not os.path.isfile(config.data)
     folder = Path(config.data if is_folder else f"{config.out}/corpus")
+    paths = {name: folder / f"{name}.jsonl" for name in CORPORA}
     if not is_folder and config.data and Path(config.data).resolve().parent == folder.resolve():
         raise ValueError(f"--data {config.data} lies where its parts are written, {folder}; give another --out")
     if not is_folder and ranks.main and not Path(config.out, "config.json").exists():
         parts = split_corpus(config.data, config.seed, config.held_out) if config.data else {}
         hold(config.out)
-        for name in CORPORA:        # what a run of another corpus left, that did not begin
-            (folder / f"{name}.jsonl").unlink(missing_ok=True)
-            shutil.rmtree(folder / f"{name}.jsonl.tokens", ignore_errors=True)
-        (folder / "world.json").unlink(missing_ok=True)
+        for path in (*paths.values(), folder / "world.json"):       # of a run of another corpus, that did not begin
+            path.unlink(missing_ok=True)
+            shutil.rmtree(f"{path}.tokens", ignore_errors=True)
         for name, lines in parts.items():
-            write_whole(folder / f"{name}.jsonl", b"".join(lines).decode())
+            write_whole(paths[name], b"".join(lines).decode())
         if not parts:
             make_embedded(folder, config.seed)
     ranks.barrier()
-    paths = {name: folder / f"{name}.jsonl" for name in CORPORA}
     settings = settled(config.train, base)
     shape = replace(base["model_config"] if base else settings.model, context=settings.model.context)
     sample = settled_sample(config.sample, shape, ranks, config.out, "sample.dtype")
@@ -608,7 +607,7 @@ def run_beside(config: BoltConfig, names: list[str], threads: int, lines) -> Non
 def report(lab: Lab) -> str:
     """Write report.json and report.md (tables, what they show, how they were made); returns the latter."""
     config, (records, on_the_way) = lab.config, read_records(lab.config.out)
-    run = json.loads(Path(f"{config.out}/config.json").read_text())
+    run = read_json(f"{config.out}/config.json")
     labels, lines = model_labels(config), ["# nanoBoLT: EM over latent thoughts", ""]
     rows = model_rows(records, labels)
     lines += [*models_table([rows]), ""]

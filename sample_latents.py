@@ -39,9 +39,9 @@ from data.layout import Layout, Sequence
 from data.loader import collate
 from data.report import show_chunk
 from data.run import (Ranks, as_began, choose_dtype, folder_beside, hold, hold_early, open_run, option, parse_config,
-                      random_stream, script, sha256_of, start_ranks, whole_file, write_whole)
+                      random_stream, read_json, script, sha256_of, start_ranks, whole_file, write_whole)
 from data.tokens import Tokenizer, tokenizer_from
-from model import GPT, Branches, Prompts, Shape, checkpoint_path, read_checkpoint, restore
+from model import GPT, Branches, Prompts, Shape, read_checkpoint, restore
 
 
 BATCH_TOKENS = {"cpu": 2 ** 12, "cuda": 2 ** 16, "mps": 2 ** 13}        # that are prefilled or scored at once
@@ -643,7 +643,7 @@ def join_blocks(folder: Path, blocks: list[Block], out: str) -> None:
     with whole_file(folder / "joined") as file:
         for n in range(len(blocks)):
             file.write((folder / f"{n:09d}.jsonl").read_bytes())
-            total.update(json.loads((folder / f"{n:09d}.json").read_text()))
+            total.update(read_json(folder / f"{n:09d}.json"))
     write_whole(folder.parent / "figures.json", json.dumps(figures_of(total), indent=1) + "\n")
     os.replace(folder / "joined", out)
 
@@ -674,7 +674,7 @@ def e_step(model: GPT, tokenizer: Tokenizer, corpus: str, blocks: list[Block], c
         if ranks.main and not os.path.exists(out):
             join_blocks(run / "blocks", blocks, out)
         ranks.barrier()
-    figures = json.loads((run / "figures.json").read_text())
+    figures = read_json(run / "figures.json")
     if ranks.main:
         shutil.rmtree(run / "blocks", ignore_errors=True)
         ranks.say(room_line(figures, out))
@@ -744,7 +744,7 @@ def annotate_corpus(state: dict, tokenizer: Tokenizer, config: MainConfig, ranks
         raise ValueError("--part is for jobs on their own; torchrun deals the blocks to its processes, so leave it out")
     layout = Layout(tokenizer, state["model_config"].context, config.max_latent_tokens)
     [blocks] = ranks.from_main(lambda: survey(config.data, layout, config))
-    hashes = {"checkpoint_sha256": checkpoint_path(config.checkpoint), "data_sha256": config.data} if ranks.main else {}
+    hashes = {"checkpoint_sha256": config.checkpoint, "data_sha256": config.data} if ranks.main else {}
     mine = f"part_{part[0] + 1}_of_{part[1]}" if part else ""
     open_run(run, config, ranks, part=mine, **{name: sha256_of(path) for name, path in hashes.items()})
     chunks = sum(chunks for *_, chunks in blocks)

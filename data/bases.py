@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.run import OneLineParser, naming_the_file, one_line, script
+from data.run import OneLineParser, naming_the_file, one_line, read_json, script
 from data.tokens import BOS, EOL, EOS, MARKERS, PRIOR, SOL, Marked, is_of_base
 from model import GPT, GPTConfig, read_checkpoint
 
@@ -46,14 +46,14 @@ def kinds_in(folder: Path) -> str:
     return ", ".join(sorted({f"*{file.suffix}" for file in folder.glob("*.*")})) or "nothing"
 
 
-def read_json(file: Path) -> dict:
-    """Raises ValueError, FileNotFoundError."""
+def read_object(file: Path) -> dict:
+    """What a JSON file of a folder says. Raises ValueError, FileNotFoundError."""
     if not file.is_file():
         raise FileNotFoundError(f"{file.parent} has no {file.name}, but {kinds_in(file.parent)}; nanoBoLT takes what "
                                 "transformers saves: config.json, model.safetensors and tokenizer.json")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
+        content = read_json(file)
+    except ValueError:
         content = None
     refuse(file, (not isinstance(content, dict), "is no JSON object; download it again"))
     return content
@@ -75,10 +75,9 @@ def config_of(source: dict, path: Path) -> GPTConfig:
     """What a config.json says of a model. Raises ValueError for what this GPT does not do."""
     def fits(value, whole: bool) -> bool:
         return type(value) is int if whole else type(value) in (int, float) and 0 < value < math.inf
-    kind = source.get("model_type")
-    two = [part for part in (source.get("rope_scaling"), source.get("rope_parameters")) if part]
-    rope = two[0] if two else {}
-    refuse(path, (two[1:] and two[0] != two[1], "has rope_scaling and rope_parameters that differ; keep one of them"),
+    kind, older, newer = (source.get(name) for name in ("model_type", "rope_scaling", "rope_parameters"))
+    rope = older or newer or {}
+    refuse(path, (older and newer and older != newer, "has rope_scaling and rope_parameters that differ; keep one of them"),
            (not isinstance(rope, dict), f"has rope scaling {rope}; nanoBoLT takes llama3's, or none"))
     scaling = rope.get("rope_type") or rope.get("type") or "default"
     defaults = {"num_key_value_heads": source.get("num_attention_heads"), "head_dim": 0, "rms_norm_eps": 1e-6,
@@ -202,7 +201,7 @@ def open_tokenizer(folder: Path, rows: int) -> BaseTokenizer:
     In a folder that we wrote, our markers are the last of the rows.
     """
     file = folder / "tokenizer.json"
-    spec = lossless(read_json(file))
+    spec = lossless(read_object(file))
     markers = [token["id"] for token in spec["added_tokens"] if token["content"] in MARKERS]
     refuse(file, (markers and markers != list(range(rows - len(MARKERS), rows)),
                   f"has markers of nanoBoLT as ids {markers}, not as the last of {rows} rows; give a folder as "
@@ -245,7 +244,7 @@ def places_of(folder: Path) -> dict[str, tuple[Path, str]]:
     (safetensors, _), files, places = packages(), [folder / "model.safetensors"], {}
     index = folder / "model.safetensors.index.json"
     if index.exists() and not files[0].exists():        # else it is an old one
-        files = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))] or files
+        files = [folder / name for name in sorted(set(read_object(index).get("weight_map", {}).values()))] or files
     for file in files:
         if not file.exists():
             raise FileNotFoundError(f"{folder} lacks {file.name}, and has {kinds_in(folder)}; download it whole, or "
@@ -288,7 +287,7 @@ def ends_of(source: dict, folder: Path, rows: int) -> dict[str, int]:
     file = folder / "generation_config.json"
     if source.get("eos_token_id") is not None or not file.exists():
         file = folder / "config.json"
-    begin, end = map(read_json(file).get, ("bos_token_id", "eos_token_id"))
+    begin, end = map(read_object(file).get, ("bos_token_id", "eos_token_id"))
     end = next(iter(end), None) if isinstance(end, list) else end       # Llama 3 has several
     begin = end if begin is None else begin
     refuse(file, (not all(type(i) is int and 0 <= i < rows for i in (begin, end)),
@@ -307,7 +306,7 @@ def fill_markers(weight: Tensor, rows: int, start: dict[str, int]) -> None:
 
 def read_folder(folder: Path, say) -> dict:
     """See `read_base`."""
-    source = read_json(folder / "config.json")
+    source = read_object(folder / "config.json")
     config = config_of(source, folder / "config.json")
     rows, tokenizer, places = config.vocab_size, open_tokenizer(folder, config.vocab_size), places_of(folder)
     config = replace(config, vocab_size=tokenizer.vocab_size, padding=-tokenizer.vocab_size % 64,

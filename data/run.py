@@ -151,6 +151,8 @@ def parse_config(default, argv, description: str):
         if unknown := [name for name in saved if not hasattr(given, name)]:
             raise ValueError(f"{given.config} sets {', '.join(unknown)}, no setting of this script; remove it")
         given = parser.parse_args([*(f"--{name}={value}" for name, value in saved.items()), *argv])
+    if vars(given).get("out") == "":
+        raise ValueError("--out is empty; name where to write")
     return rebuild(default, vars(given))
 
 

@@ -12,9 +12,12 @@ from typing import Literal
 import pytest
 import torch
 
+import bolt
+import sample_latents
+import train
 from data import run
 from data.report import read_reports
-from data.run import (Log, Ranks, as_began, choose_dtype, hold, open_run, option, parse_config,
+from data.run import (Log, Ranks, as_began, choose_dtype, folder_beside, hold, open_run, option, parse_config,
                       random_stream, script, write_whole)
 from tests.conftest import full_disk
 
@@ -177,6 +180,16 @@ def test_a_full_disk_is_named_and_nothing_is_left(tmp_path):
         with pytest.raises(OSError, match=r"could not write .*metrics.jsonl"):
             Log(tmp_path, 0, ALONE, lambda row: None).add("train", 1, 1, {"long": "x" * 1000})
     assert (tmp_path / "file").read_text() == "old" and not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("main", [train.main, sample_latents.main, bolt.main])
+def test_an_out_without_a_name_is_refused(main, tmp_path):
+    """As of an empty variable of a shell; of a single file, also a folder."""
+    with pytest.raises(ValueError, match="--out is empty"):
+        main(["--out", ""])
+    for out in ("", f"{tmp_path}/new/"):
+        with pytest.raises(ValueError, match="names no file"):
+            folder_beside(out)
 
 
 ROOT = os.path.dirname(os.path.dirname(run.__file__))

@@ -38,7 +38,7 @@ from typing import Iterator
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.corpus import CHUNK_TOKENS, check_record, with_chunks  # noqa: E402
 from data.run import (Ranks, folder_beside, naming_the_file, one_line, open_run, option,  # noqa: E402
-                      parse_config, script, write_whole)
+                      parse_config, read_json, script, write_whole)
 from data.tokens import count_tokens  # noqa: E402
 
 PAPER = "ryoungj/bootstrap-latent-thought-data:finemath_4plus_final_"
@@ -83,7 +83,7 @@ def local_files(source: str) -> list[str]:
     paths = [source] if os.path.exists(source) else glob(source)
     inside = [glob(f"{glob_escape(path)}/**", recursive=True) if os.path.isdir(path) else [path] for path in paths]
     return sorted(path for part in inside for path in part if os.path.isfile(path) and kind_of(path)
-                  and ".run/" not in path and (path in paths or not os.path.exists(f"{path}.run"))
+                  and ".run/" not in path and (not os.path.exists(f"{path}.run") or path in paths)
                   and os.path.basename(path) not in INFO)
 
 
@@ -292,7 +292,7 @@ def resume(config: PrepareConfig, folder: Path) -> dict:
     """How far the corpus is written: its bytes and counts, the file and the row there to go on from, and how many rows
     are still to be skipped."""
     try:
-        state = json.loads((folder / "state.json").read_text())
+        state = read_json(folder / "state.json")
         os.truncate(folder / "lines", state["bytes"])
         return state
     except (FileNotFoundError, ValueError):         # nothing is there, or not whole
@@ -322,7 +322,7 @@ def prepare(config: PrepareConfig, ranks: Ranks) -> dict[str, int]:
         write_whole(folder / "counts.json", json.dumps(counts, indent=1) + "\n")
         os.replace(folder / "lines", config.out)
     (folder / "state.json").unlink(missing_ok=True)
-    return json.loads((folder / "counts.json").read_text())
+    return read_json(folder / "counts.json")
 
 
 def main(argv=None) -> None:
