@@ -77,7 +77,8 @@ def config_of(source: dict, path: Path) -> GPTConfig:
         return type(value) is int if whole else type(value) in (int, float) and 0 < value < math.inf
     kind, older, newer = (source.get(name) for name in ("model_type", "rope_scaling", "rope_parameters"))
     rope = older or newer or {}
-    refuse(path, (older and newer and older != newer, "has rope_scaling and rope_parameters that differ; keep one of them"),
+    refuse(path,
+           (older and newer and older != newer, "has rope_scaling and rope_parameters that differ; keep one of them"),
            (not isinstance(rope, dict), f"has rope scaling {rope}; nanoBoLT takes llama3's, or none"))
     scaling = rope.get("rope_type") or rope.get("type") or "default"
     defaults = {"num_key_value_heads": source.get("num_attention_heads"), "head_dim": 0, "rms_norm_eps": 1e-6,
